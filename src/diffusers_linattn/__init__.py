@@ -1,0 +1,35 @@
+"""Linear-cost attention for the diffusion transformers of diffusers: swap, distil, share."""
+
+from importlib.metadata import version
+
+from diffusers_linattn.distill import distill
+from diffusers_linattn.layout import TokenLayout
+from diffusers_linattn.linearize import linearize, original_attention, restore, status
+from diffusers_linattn.ops import gated_linear_attention, linear_attention, local_attention
+from diffusers_linattn.processors import ClearProcessor, GLAProcessor, LinearProcessor
+from diffusers_linattn.samples import make_samples
+from diffusers_linattn.set_attn_processor import install_set_attn_processor
+from diffusers_linattn.weights import load_linear_attention, save_linear_attention
+
+
+__version__ = version("diffusers-linattn")
+
+__all__ = [
+    "ClearProcessor",
+    "GLAProcessor",
+    "LinearProcessor",
+    "TokenLayout",
+    "distill",
+    "gated_linear_attention",
+    "linear_attention",
+    "linearize",
+    "load_linear_attention",
+    "local_attention",
+    "make_samples",
+    "original_attention",
+    "restore",
+    "save_linear_attention",
+    "status",
+]
+
+install_set_attn_processor()

@@ -1,0 +1,350 @@
+"""Put processors into a pipeline or model, say what is in it, and take them out again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from diffusers_linattn.models import Family, find_family, unsupported_message
+from diffusers_linattn.processors.base import BaseProcessor
+from diffusers_linattn.tracker import find_tracker, install_tracker, remove_tracker
+
+
+PipelineOrModel = TypeVar("PipelineOrModel")
+Layers = str | int | Callable[[str], bool] | Iterable[str | int]
+
+# What `reset_projections` starts afresh, and what distillation trains besides a processor's own weights.
+PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One attention layer that can be converted.
+
+    Args:
+        name: Its module name in the transformer, such as `"transformer_blocks.0.attn"`.
+        attn: The attention module.
+        scope: `"joint"` or `"image"`: which part of the layout it attends over.
+        index: Its place among the layers of its transformer that can be converted.
+        model: The transformer.
+        family: What is known of that transformer.
+    """
+
+    name: str
+    attn: Any
+    scope: str
+    index: int
+    model: nn.Module
+    family: Family
+
+    @property
+    def processor(self) -> BaseProcessor | None:
+        """The processor of this library in the layer, `None` while it is dense."""
+        processor = self.attn.processor
+        return processor if isinstance(processor, BaseProcessor) else None
+
+
+def transformers_of(pipe_or_model: Any) -> list[nn.Module]:
+    """The supported transformers of a pipeline, or the model itself.
+
+    Raises:
+        ValueError: There is none; the message lists what is supported.
+    """
+    if isinstance(pipe_or_model, nn.Module):
+        model = getattr(pipe_or_model, "_orig_mod", pipe_or_model)  # torch.compile wraps the module
+        if find_family(model) is None:
+            raise ValueError(unsupported_message(type(model).__name__))
+        return [model]
+    components = getattr(pipe_or_model, "components", None)
+    if not isinstance(components, Mapping):
+        raise ValueError(f"Expected a diffusers pipeline or a transformer, got {type(pipe_or_model).__name__}.")
+    modules = [getattr(part, "_orig_mod", part) for part in components.values() if isinstance(part, nn.Module)]
+    models = [module for module in modules if find_family(module) is not None]
+    if not models:
+        held = ", ".join(type(module).__name__ for module in modules) or "no module"
+        raise ValueError(unsupported_message(f"{type(pipe_or_model).__name__} (which holds {held})"))
+    return models
+
+
+def layers_of(pipe_or_model: Any) -> list[Layer]:
+    """Every attention layer that can be converted, dense or not, in the order of the forward pass."""
+    layers = []
+    for model in transformers_of(pipe_or_model):
+        family = find_family(model)
+        assert family is not None
+        named = [
+            (name, module, scope)
+            for name, module in model.named_modules()
+            for pattern, scope in family.layers.items()
+            if fnmatchcase(name, pattern) and hasattr(module, "processor")
+        ]
+        layers += [Layer(name, attn, scope, i, model, family) for i, (name, attn, scope) in enumerate(named)]
+    return layers
+
+
+def linearize(
+    pipe_or_model: PipelineOrModel,
+    processor_or_mapping: BaseProcessor | Mapping[str, BaseProcessor | None],
+    *,
+    layers: Layers | None = None,
+) -> PipelineOrModel:
+    """Give attention layers of a pipeline or transformer linear cost; no training, the weights stay.
+
+    Each layer gets a copy of its own. Layers that are converted already go back to their original state first, so
+    that converting twice is the same as converting once. Nothing changes if the call fails.
+
+    Args:
+        pipe_or_model: A diffusers pipeline or a transformer; see `docs/models.md` for those supported.
+        processor_or_mapping ([`BaseProcessor`] or `dict`): A processor for all layers, or processors by layer-name
+            pattern (`*` matches anything); where patterns overlap the later one wins, and `None` makes a layer dense.
+        layers (*optional*): Convert only these: a name pattern, an index, a list of them, or a function of the name.
+
+    Returns:
+        `pipe_or_model` itself.
+
+    Raises:
+        ValueError: No supported transformer, a pattern that matches or decides nothing, an index out of range, or a
+            processor that does not fit a layer.
+
+    Example:
+        >>> from diffusers import PixArtTransformer2DModel
+        >>> from diffusers_linattn import ClearProcessor, linearize
+        >>> model = PixArtTransformer2DModel(num_attention_heads=2, attention_head_dim=8, in_channels=4,
+        ...     num_layers=2, cross_attention_dim=16, caption_channels=16, sample_size=8)
+        >>> _ = linearize(model, {"transformer_blocks.0.*": ClearProcessor(window=4)})
+    """
+    install(plan(pipe_or_model, processor_or_mapping, layers))
+    return pipe_or_model
+
+
+def restore(pipe_or_model: PipelineOrModel) -> PipelineOrModel:
+    """Give a pipeline or transformer its original attention back, weights included.
+
+    Weights of converted layers return to what they were before [`distill`], [`load_linear_attention`] or any training
+    with gradients changed them. Restoring what was not converted does nothing.
+
+    Example:
+        >>> pipe = restore(pipe)  # doctest: +SKIP
+    """
+    layers = layers_of(pipe_or_model)
+    for layer in layers:
+        restore_layer(layer)
+    for model in {id(layer.model): layer.model for layer in layers}.values():
+        remove_tracker(model)
+    return pipe_or_model
+
+
+@dataclass(frozen=True)
+class LayerStatus:
+    """How one layer attends: its name, its processor (`None` while dense) and the implementation that answers."""
+
+    name: str
+    processor: BaseProcessor | None
+    implementation: str
+
+
+@dataclass(frozen=True)
+class Status:
+    """What [`status`] found; prints as a table."""
+
+    layers: tuple[LayerStatus, ...]
+
+    @property
+    def converted(self) -> tuple[LayerStatus, ...]:
+        """The layers that have a processor of this library."""
+        return tuple(layer for layer in self.layers if layer.processor is not None)
+
+    def __str__(self) -> str:
+        rows = [("layer", "processor", "implementation")]
+        rows += [(layer.name, repr(layer.processor or "original"), layer.implementation) for layer in self.layers]
+        widths = [max(len(row[i]) for row in rows) for i in range(2)]
+        lines = [f"{name:<{widths[0]}}  {processor:<{widths[1]}}  {impl}" for name, processor, impl in rows]
+        return "\n".join([f"{len(self.converted)} of {len(self.layers)} attention layers converted", *lines])
+
+
+def status(pipe_or_model: Any) -> Status:
+    """Which layers are converted, how, and by which implementation for the size of the latest call.
+
+    Example:
+        >>> print(status(pipe))  # doctest: +SKIP
+    """
+    found = []
+    for layer in layers_of(pipe_or_model):
+        processor, tracker = layer.processor, find_tracker(layer.model)
+        implementation = "dense"
+        if processor is not None:
+            called = tracker is not None and tracker.last is not None
+            implementation = processor.implementation(tracker.layout_of(layer.scope) if tracker and called else None)
+        found.append(LayerStatus(layer.name, processor, implementation))
+    return Status(tuple(found))
+
+
+def plan(
+    pipe_or_model: Any,
+    processor_or_mapping: BaseProcessor | Mapping[str, BaseProcessor | None],
+    layers: Layers | None = None,
+) -> list[tuple[Layer, BaseProcessor | None]]:
+    """Decide and build what [`install`] will put where, without touching the model."""
+    candidates = layers_of(pipe_or_model)
+    names = [layer.name for layer in candidates]
+    selected = set(range(len(names))) if layers is None else _select(names, layers)
+    mapping = processor_or_mapping
+    if isinstance(mapping, BaseProcessor):
+        chosen: dict[int, tuple[str, BaseProcessor | None]] = {i: ("*", mapping) for i in selected}
+    elif isinstance(mapping, Mapping):
+        chosen = {}
+        for pattern, processor in mapping.items():
+            if not isinstance(processor, BaseProcessor | None):
+                raise ValueError(f"The mapping's {pattern!r} holds a {type(processor).__name__}: {_EXPECTED}")
+            chosen |= {i: (pattern, processor) for i in _match(names, pattern) if i in selected}
+        for pattern in mapping:
+            if not any(pattern == used for used, _ in chosen.values()):
+                raise ValueError(
+                    f"The pattern {pattern!r} decides nothing: every layer it matches is excluded by layers= or "
+                    "overridden by a later pattern."
+                )
+    else:
+        raise ValueError(f"Got a {type(mapping).__name__}: {_EXPECTED}")
+    if not chosen:
+        raise ValueError("No layer is selected: layers= or the mapping is empty.")
+    return [(candidates[i], _build(candidates[i], chosen[i][1])) for i in sorted(chosen)]
+
+
+_EXPECTED = (
+    "expected a processor such as ClearProcessor(window=16), or a dict from layer-name patterns to processors or None."
+)
+
+
+def _build(layer: Layer, template: BaseProcessor | None) -> BaseProcessor | None:
+    if template is None:
+        return None
+    current = layer.processor
+    original = layer.attn.processor if current is None else current.original
+    try:
+        built = template.copy_for_layer(layer.attn, original, index=layer.index, scope=layer.scope)
+    except ValueError as error:
+        raise ValueError(f"{layer.name}: {error}") from error
+    if template.reset_projections:
+        for name in PROJECTIONS:
+            projection = _submodule(layer.attn, name)
+            if projection is not None and not isinstance(projection, nn.Linear):
+                raise ValueError(
+                    f"{layer.name}: reset_projections needs plain linear projections, {name} is a "
+                    f"{type(projection).__name__}."
+                )
+    return built
+
+
+def install(planned: list[tuple[Layer, BaseProcessor | None]]) -> None:
+    """Put planned processors into their layers."""
+    for layer, processor in planned:
+        restore_layer(layer)
+        if processor is None:
+            continue
+        processor.tracker = install_tracker(layer.model, layer.family)
+        layer.attn.processor = processor
+        if processor.reset_projections:
+            _reset_projections(layer, processor)
+    for model in {id(layer.model): layer.model for layer, _ in planned}.values():
+        if not any(layer.processor for layer in layers_of(model)):
+            remove_tracker(model)
+
+
+def restore_layer(layer: Layer) -> None:
+    """Give one layer its original processor and weights back."""
+    processor = layer.processor
+    if processor is None:
+        return
+    with torch.no_grad():
+        for name, weight in processor.original_weights.items():
+            layer.attn.get_parameter(name).copy_(weight)
+    _set_processor(layer.attn, processor.original)
+
+
+@contextmanager
+def original_attention(pipe_or_model: Any) -> Iterator[None]:
+    """Within this context the model is its own teacher: original processors and weights, switched in without a copy.
+
+    Example:
+        >>> with original_attention(pipe):  # doctest: +SKIP
+        ...     image = pipe("a cat").images[0]
+    """
+    converted = [(layer, layer.processor) for layer in layers_of(pipe_or_model)]
+    switched: list[tuple[nn.Parameter, torch.Tensor]] = []
+    try:
+        for layer, processor in converted:
+            if processor is None:
+                continue
+            for name, weight in processor.original_weights.items():
+                parameter = layer.attn.get_parameter(name)
+                if weight.device != parameter.device:
+                    weight = processor.original_weights[name] = weight.to(parameter.device)
+                switched.append((parameter, parameter.data))
+                parameter.data = weight
+            _set_processor(layer.attn, processor.original)
+        yield
+    finally:
+        for parameter, data in switched:
+            parameter.data = data
+        for layer, processor in converted:
+            if processor is not None:
+                layer.attn.processor = processor
+
+
+def _set_processor(attn: Any, processor: Any) -> None:
+    attn._modules.pop("processor", None)  # a plain object cannot take the place of a registered module
+    attn.processor = processor
+
+
+def _reset_projections(layer: Layer, processor: BaseProcessor) -> None:
+    linears = {name: module for name in PROJECTIONS if (module := _submodule(layer.attn, name)) is not None}
+    weights = [f"{name}.{weight}" for name, module in linears.items() for weight, _ in module.named_parameters()]
+    processor.keep_original_weights(layer.attn, weights)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(layer.index)
+        for module in linears.values():
+            fresh = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
+            with torch.no_grad():
+                for name, parameter in module.named_parameters():
+                    parameter.copy_(fresh.get_parameter(name))
+
+
+def _submodule(attn: nn.Module, name: str) -> Any:
+    try:
+        return attn.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def _select(names: list[str], layers: Layers) -> set[int]:
+    if callable(layers):
+        selected = {i for i, name in enumerate(names) if layers(name)}
+        if not selected:
+            raise ValueError(f"layers= selects none of the {len(names)} layers {_some(names)}.")
+        return selected
+    selected = set()
+    for item in [layers] if isinstance(layers, str | int) else layers:
+        if isinstance(item, int):
+            if not -len(names) <= item < len(names):
+                raise ValueError(f"Layer index {item} is out of range: there are {len(names)} attention layers.")
+            selected.add(item % len(names))
+        else:
+            selected |= set(_match(names, item))
+    return selected
+
+
+def _match(names: list[str], pattern: str) -> list[int]:
+    matched = [i for i, name in enumerate(names) if fnmatchcase(name, pattern)]
+    if not matched:
+        raise ValueError(f"The pattern {pattern!r} matches none of the {len(names)} layers {_some(names)}.")
+    return matched
+
+
+def _some(names: list[str]) -> str:
+    return f"({names[0]} … {names[-1]})" if names else "(none)"

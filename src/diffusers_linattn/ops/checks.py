@@ -1,0 +1,72 @@
+"""What the public operators check of their arguments before they choose an implementation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from diffusers_linattn.layout import TokenLayout
+
+
+def check_positive_int(name: str, value: object, minimum: int = 1) -> int:
+    """`value` if it is an integer of at least `minimum`, else a ValueError that names the argument."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r}.")
+    return value
+
+
+def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    """Raise a ValueError that lists the choices unless `value` is one of them."""
+    if value not in choices:
+        raise ValueError(f"Unknown {name} {value!r}: expected one of {', '.join(map(repr, choices))}.")
+
+
+def check_attention_inputs(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: TokenLayout,
+    mask: torch.Tensor | None = None,
+    enable_gqa: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Check shapes against each other and against the layout; return key and value with as many heads as query."""
+    if query.ndim != 4 or key.ndim != 4 or value.ndim != 4:
+        raise ValueError(
+            "Expected (batch, heads, tokens, head_dim) tensors, got "
+            f"{tuple(query.shape)=}, {tuple(key.shape)=}, {tuple(value.shape)=}."
+        )
+    if query.shape[2] != layout.length or key.shape[2] != layout.length or value.shape[2] != layout.length:
+        raise ValueError(
+            f"The layout ({layout}) has {layout.length} tokens, but query has {query.shape[2]}, key {key.shape[2]} "
+            f"and value {value.shape[2]}. Build the TokenLayout for the tokens of this call."
+        )
+    if query.shape[0] != key.shape[0] or key.shape[:2] != value.shape[:2] or query.shape[3] != key.shape[3]:
+        raise ValueError(
+            "query, key and value do not fit each other: "
+            f"{tuple(query.shape)=}, {tuple(key.shape)=}, {tuple(value.shape)=}."
+        )
+    if not query.dtype == key.dtype == value.dtype:
+        raise ValueError(f"query, key and value must share a dtype: {query.dtype=}, {key.dtype=}, {value.dtype=}.")
+    if mask is not None:
+        # Two comparisons rather than a loop over broadcasting rules, so that symbolic shapes stay symbolic.
+        if mask.shape[-1] != layout.length or (mask.ndim > 1 and mask.shape[-2] not in (1, layout.length)):
+            raise ValueError(
+                f"The mask {tuple(mask.shape)} does not broadcast to (batch, heads, {layout.length}, {layout.length})."
+            )
+        while mask.ndim < 4:
+            mask = mask[None]
+        if mask.ndim > 4 or mask.shape[0] not in (1, query.shape[0]) or mask.shape[1] not in (1, query.shape[1]):
+            raise ValueError(
+                f"The mask {tuple(mask.shape)} does not broadcast to the {query.shape[0]} x {query.shape[1]} "
+                "(batch, heads) of query."
+            )
+    if query.shape[1] != key.shape[1]:
+        if not enable_gqa or query.shape[1] % key.shape[1]:
+            raise ValueError(
+                f"query has {query.shape[1]} heads and key {key.shape[1]}: pass enable_gqa=True and a number of query "
+                "heads that is a multiple of the key heads."
+            )
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    return key, value

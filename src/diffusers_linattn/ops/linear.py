@@ -1,0 +1,219 @@
+"""Linear attention among grid tokens, softmax to the text, one denominator.
+
+Letters: B batch, H heads, N tokens, D head_dim, K features per head; G tokens in grids, T text tokens, G + T = N.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from diffusers_linattn.layout import Segment, TokenLayout
+from diffusers_linattn.ops import reference
+from diffusers_linattn.ops.checks import check_attention_inputs, check_choice, check_positive_int
+from diffusers_linattn.ops.features import FeatureMapArgument, full_precision, resolve_feature_map
+from diffusers_linattn.ops.masks import KeyMask, reduce_to_key_mask
+
+
+IMPLEMENTATIONS = (None, "torch", "reference")
+
+
+def linear_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: TokenLayout,
+    *,
+    feature_map: FeatureMapArgument = "relu",
+    heads: int | None = None,
+    mask: torch.Tensor | None = None,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    impl: str | None = None,
+) -> torch.Tensor:
+    """Attention whose cost is linear in the image tokens (LiT, arXiv 2501.12976).
+
+    A token of a grid weighs the tokens of all grids with φ(q)·φ(k) and the text with exp(scale q·k), under one
+    denominator. A text token attends to everything by softmax. Time and memory are linear in the grid tokens.
+
+    Args:
+        query: (batch, heads, tokens, head_dim), any floating dtype.
+        key: (batch, heads, tokens, head_dim); fewer heads with `enable_gqa`.
+        value: (batch, heads, tokens, value_dim), as many heads as key.
+        layout: What the tokens are. Text, padding and references of unknown grid are text.
+        feature_map: `"relu"`, `"elu"`, `"softmax"`, or a pair `(query_features, key_features)` of callables for a
+            learned map; see [`resolve_feature_map`].
+        heads: Number of heads for grid queries, usually fewer than the model has (LiT): the concatenated heads are cut
+            anew, before the feature map. Text queries keep the model's heads. `None` keeps them for all.
+        mask: Boolean (True = visible) or additive, broadcastable to (batch, heads, tokens, tokens), the same for every
+            query that sees anything; with `heads`, the same for all heads. Queries that see nothing give 0.
+        scale: Softmax scale, used for text keys and text queries. `None` is `head_dim ** -0.5`, for grid queries with
+            the head_dim that `heads` makes; a number is used as it is in both places.
+        enable_gqa: Whether key and value may have fewer heads than query.
+        impl: `"torch"`, or `"reference"` (quadratic, for tests); `None` chooses.
+
+    Returns:
+        (batch, heads, tokens, value_dim) in the value's dtype. Sums are in fp32, or fp64 for fp64, whatever autocast
+        says; text queries are answered by `F.scaled_dot_product_attention` in the dtype they came in.
+
+    Raises:
+        ValueError: Shapes that do not fit each other or the layout, an unknown `feature_map` or `impl`, `heads` that
+            do not divide the channels, or a mask that shows different keys to different queries.
+
+    Example:
+        >>> import torch
+        >>> from diffusers_linattn.layout import TokenLayout
+        >>> layout = TokenLayout.joint(text=7, grid=(1, 4, 6))
+        >>> query, key, value = torch.randn(3, 1, 2, layout.length, 16).unbind()
+        >>> linear_attention(query, key, value, layout).shape
+        torch.Size([1, 2, 31, 16])
+    """
+    check_choice("impl", impl, IMPLEMENTATIONS)
+    key, value = check_attention_inputs(query, key, value, layout, mask, enable_gqa)
+    of_query, of_key = resolve_feature_map(feature_map)
+    grid_query, grid_key, grid_value = query, key, value
+    if heads is not None and heads != query.shape[1]:
+        _check_heads(heads, query, value, mask)
+        grid_query, grid_key, grid_value = (regroup_heads(x, heads) for x in (query, key, value))
+    key_mask = reduce_to_key_mask(mask, full_precision(query[..., :0]).dtype)
+
+    if impl == "reference":
+        bias = None if key_mask is None else key_mask.bias
+        grid = reference.linear_attention(
+            *(full_precision(x) for x in (grid_query, grid_key, grid_value)),
+            layout,
+            query_features=lambda _: of_query(grid_query),
+            key_features=lambda _: of_key(grid_key),
+            mask=bias,
+            scale=scale,
+        )
+        grid = take(grid, layout.grids) if layout.grids else None
+    else:
+        grid = _torch_linear_attention(
+            grid_query, grid_key, grid_value, layout, of_query(grid_query), of_key(grid_key), key_mask, scale
+        )
+    if grid is not None:
+        grid = regroup_heads(grid, query.shape[1])
+    return with_text_queries(grid, query, key, value, layout, key_mask, scale)
+
+
+def _torch_linear_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: TokenLayout,
+    phi_q: torch.Tensor,
+    phi_k: torch.Tensor,
+    key_mask: KeyMask | None,
+    scale: float | None,
+) -> torch.Tensor | None:
+    """The output of the grid queries, (B, H, G, D), or None without a grid."""
+    if not layout.grids:
+        return None
+    with torch.autocast(query.device.type, enabled=False):
+        if key_mask is not None:
+            phi_k = phi_k * key_mask.weights()
+        phi_q, phi_k = take(phi_q, layout.grids), take(phi_k, layout.grids)
+        # fp32 has the range that fp16 lacks, so that nothing needs to be divided by the number of tokens here.
+        state = phi_k.transpose(-1, -2) @ full_precision(take(value, layout.grids))  # (B, H, K, D)
+        numerator = phi_q @ state
+        denominator = phi_q @ phi_k.sum(-2)[..., None]
+        return blend_with_text(query, key, value, layout, numerator, denominator, key_mask, scale)
+
+
+def blend_with_text(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: TokenLayout,
+    numerator: torch.Tensor,
+    denominator: torch.Tensor,
+    key_mask: KeyMask | None,
+    scale: float | None,
+) -> torch.Tensor:
+    """Add exp(scale q·k) for the text keys to the numerator and denominator of the grid queries, and divide.
+
+    `query`, `key` and `value` are the whole sequence; `numerator` (B, H, G, D) and `denominator` (B, H, G, 1) are sums
+    of non-negative weights over the grid keys, in fp32 or fp64. The result has their dtype.
+    """
+    if layout.num_text == 0:
+        return numerator / (denominator + reference.EPS)
+    # One softmax over the text and a null key of score 0 gives Σ exp(s) v, Σ exp(s) and 1, all three divided by
+    # Σ exp(s) + 1: in range for every score, and without a (G, T) matrix in memory. Two more columns of the values
+    # count the text and the null key.
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    dim = value.shape[-1]
+    width = (max(query.shape[-1], dim + 2) + 7) // 8 * 8  # fused kernels want one width, a multiple of 8
+    query = full_precision(take(query, layout.grids))
+    key, value = full_precision(take(key, layout.text)), full_precision(take(value, layout.text))
+    query = F.pad(query, (0, width - query.shape[-1]))
+    key = F.pad(key, (0, width - key.shape[-1], 0, 1))
+    text = F.pad(torch.cat([value, torch.ones_like(value[..., :1])], -1), (0, width - dim - 1))
+    null = F.pad(value.new_ones(*value.shape[:2], 1, 1), (dim + 1, width - dim - 2))
+    bias = None if key_mask is None else F.pad(take(key_mask.bias, layout.text, -1), (0, 1))
+    softmax = F.scaled_dot_product_attention(query, key, torch.cat([text, null], 2), bias, scale=scale)
+    text_sum, text_count, unit = softmax[..., :dim], softmax[..., dim : dim + 1], softmax[..., dim + 1 : dim + 2]
+    return (text_sum + numerator * unit) / (text_count + (denominator + reference.EPS) * unit)
+
+
+def with_text_queries(
+    grid: torch.Tensor | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: TokenLayout,
+    key_mask: KeyMask | None,
+    scale: float | None,
+) -> torch.Tensor:
+    """The whole output: that of the grid queries, (B, H, G, D), and softmax over all tokens for the text queries.
+
+    Queries that the mask shows nothing give 0. The result has the value's dtype.
+    """
+    text = None
+    if layout.num_text or grid is None:
+        bias = None if key_mask is None else key_mask.bias.to(query.dtype)
+        with torch.autocast(query.device.type, enabled=False):
+            text = F.scaled_dot_product_attention(take(query, layout.text), key, value, bias, scale=scale)
+    parts, starts = [], {True: 0, False: 0}
+    for segment in layout.segments:
+        is_text = segment.grid is None
+        source = text if is_text else grid
+        if source is not None:
+            start = starts[is_text]
+            parts.append(source[:, :, start : start + segment.length].to(value.dtype))
+            starts[is_text] = start + segment.length
+    output = parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+    return output if key_mask is None else key_mask.zero_hidden(output)
+
+
+def take(x: torch.Tensor, segments: Sequence[Segment], dim: int = 2) -> torch.Tensor:
+    """The tokens of some segments, one after the other; a view where there is one segment."""
+    parts = [x.narrow(dim, segment.start, segment.length) for segment in segments]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def regroup_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """Cut the concatenated heads of (B, H, N, D) into another number of heads, (B, heads, N, H·D / heads)."""
+    if x.shape[1] == heads:
+        return x
+    return x.transpose(1, 2).flatten(2).unflatten(2, (heads, -1)).transpose(1, 2)
+
+
+def _check_heads(heads: int, query: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> None:
+    check_positive_int("heads", heads)
+    for name, channels in (
+        ("query", query.shape[1] * query.shape[-1]),
+        ("value", value.shape[1] * value.shape[-1]),
+    ):
+        if channels % heads:
+            raise ValueError(
+                f"heads={heads} does not divide the {channels} channels of {name} ({query.shape[1]} heads): choose a "
+                "divisor, or None to keep the model's heads."
+            )
+    if mask is not None and mask.ndim > 2 and mask.shape[-3] != 1:
+        raise ValueError(
+            f"The mask {tuple(mask.shape)} differs between heads, which heads={heads} regroups: pass one mask for all "
+            "heads, (batch, 1, 1, tokens), or heads=None."
+        )

@@ -1,0 +1,169 @@
+"""Windowed softmax attention over a sequence of text and image tokens."""
+
+from __future__ import annotations
+
+import torch
+
+from diffusers_linattn.layout import TokenLayout
+from diffusers_linattn.ops import reference
+from diffusers_linattn.ops.checks import check_attention_inputs, check_choice, check_positive_int
+from diffusers_linattn.ops.local_tiled import local_attention_tiled, masked_sdpa
+
+
+IMPLS = ("tiled", "dense", "reference")
+
+
+def local_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: TokenLayout,
+    *,
+    window: int,
+    temporal_window: int | None = None,
+    pooled_key: torch.Tensor | None = None,
+    pooled_value: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    impl: str | None = None,
+) -> torch.Tensor:
+    """Softmax attention in which an image token sees the text and a disc of image tokens around it.
+
+    Grid queries (images and references) see every token without a grid, the keys of their own grid with
+    `(y - y')**2 + (x - x')**2 < window**2`, the disc around their scaled position in every other grid, and all pooled
+    keys. Text queries see the whole sequence and no pooled key. The disc is cut at borders, never shifted. This is
+    CLEAR (arXiv 2412.16112); `ops.reference.local_attention` is its specification.
+
+    Args:
+        query: (batch, heads, tokens, head_dim), any floating dtype, which key, value and the output share.
+        key: (batch, key heads, tokens, head_dim).
+        value: (batch, key heads, tokens, value_dim); value_dim is usually head_dim.
+        layout: What the tokens are; its length is the number of tokens.
+        window: Radius of the disc in tokens, at least 1; strict, so 1 means the token itself.
+        temporal_window: In a grid's own frames, see those with `|t - t'| < temporal_window`; `None` sees all.
+        pooled_key: (batch, key heads or heads, pooled tokens, head_dim), further keys that all grid queries see.
+        pooled_value: (batch, key heads or heads, pooled tokens, value_dim), given together with `pooled_key`.
+        mask: Boolean (`True` = visible) or additive, broadcastable to (batch, heads, tokens, tokens); it does not
+            apply to pooled keys. The form (batch, 1, 1, tokens) keeps memory linear. A query without any visible key
+            gives 0. No gradient flows to it.
+        scale: Factor of the scores; `None` is `head_dim**-0.5`.
+        enable_gqa: Allow fewer key heads than query heads, each shared by a group of query heads.
+        impl: `"tiled"` (time and memory linear in the grid), `"dense"` (one `scaled_dot_product_attention`, only
+            where the window covers everything) or `"reference"`; `None` takes `"dense"` where it is the same function.
+
+    Returns:
+        (batch, heads, tokens, value_dim) in the dtype of query. `"tiled"` lays it out in memory as
+        (batch, tokens, heads, value_dim), so that merging the heads afterwards copies nothing.
+
+    Raises:
+        ValueError: Shapes or dtypes that do not fit each other or the layout; a window below 1; only one of
+            `pooled_key` and `pooled_value`; a mask that requires a gradient; an unknown `impl`, or `"dense"` where the
+            window leaves keys out.
+
+    Example:
+        >>> import torch
+        >>> from diffusers_linattn import TokenLayout
+        >>> from diffusers_linattn.ops.local import local_attention
+        >>> layout = TokenLayout.joint(text=7, grid=(1, 12, 20))
+        >>> query, key, value = torch.randn(3, 1, 2, layout.length, 16)
+        >>> local_attention(query, key, value, layout, window=4).shape
+        torch.Size([1, 2, 247, 16])
+    """
+    check_choice("impl", impl, (None, *IMPLS))
+    check_positive_int("window", window)
+    if temporal_window is not None:
+        check_positive_int("temporal_window", temporal_window)
+    if mask is not None and mask.requires_grad:
+        raise ValueError("The mask requires a gradient, which local_attention does not compute: pass mask.detach().")
+    pooled_key, pooled_value = _check_pooled(query, key, value, pooled_key, pooled_value, enable_gqa)
+    key, value = check_attention_inputs(query, key, value, layout, mask, enable_gqa)
+    while mask is not None and mask.ndim < 4:
+        mask = mask[None]
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+
+    if impl is None:
+        impl = "dense" if window_covers(layout, window, temporal_window) else "tiled"
+    if impl == "reference":
+        return reference.local_attention(
+            query,
+            key,
+            value,
+            layout,
+            window=window,
+            temporal_window=temporal_window,
+            pooled_key=pooled_key,
+            pooled_value=pooled_value,
+            mask=mask,
+            scale=scale,
+        )
+    if impl == "tiled":
+        settings = (layout.encode(), window, temporal_window, scale)
+        return local_attention_tiled(query, key, value, pooled_key, pooled_value, mask, *settings)
+    if not window_covers(layout, window, temporal_window):
+        raise ValueError(
+            f"impl='dense' sees every token, but {window=}, {temporal_window=} leaves out keys of the layout "
+            f"({layout}): that would be another function. Use impl='tiled', or a window that covers the grids."
+        )
+    return _dense(query, key, value, layout, pooled_key, pooled_value, mask, scale)
+
+
+def window_covers(layout: TokenLayout, window: int, temporal_window: int | None = None) -> bool:
+    """Whether every query sees every key, so that [`local_attention`] is plain attention.
+
+    Example:
+        >>> from diffusers_linattn import TokenLayout
+        >>> layout = TokenLayout.image((1, 4, 5))  # the farthest tokens are 3 rows and 4 columns apart
+        >>> window_covers(layout, 5), window_covers(layout, 6)
+        (False, True)
+    """
+    for queries in layout.grids:
+        for keys in layout.grids:
+            assert queries.grid is not None and keys.grid is not None
+            (frames, *query_size), (_, *key_size) = queries.grid, keys.grid
+            dy, dx = (_farthest(q, k) for q, k in zip(query_size, key_size, strict=True))
+            if dy**2 + dx**2 >= window**2:
+                return False
+            if temporal_window is not None and queries == keys and frames > temporal_window:
+                return False
+    return True
+
+
+def _farthest(queries: int, keys: int) -> float:
+    """The largest distance along one axis, in the float operations of the reference, so that ties fall the same way."""
+    first, last = 0.5 * keys / queries - 0.5, (queries - 0.5) * keys / queries - 0.5
+    return max(last, keys - 1 - first)
+
+
+def _check_pooled(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pooled_key: torch.Tensor | None,
+    pooled_value: torch.Tensor | None,
+    enable_gqa: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pooled keys and values with as many heads as query: empty ones if none are given."""
+    raise NotImplementedError
+
+
+def _dense(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: TokenLayout,
+    pooled_key: torch.Tensor,
+    pooled_value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
+    """One attention over all keys and the pooled ones, which are hidden from text queries."""
+    pooled = pooled_key.shape[2]
+    if not pooled:
+        return masked_sdpa(query, key, value, mask, scale)
+    bias = query.new_zeros(1, 1, layout.length, layout.length + pooled)
+    if mask is not None:
+        bias = torch.cat([(bias[..., :-pooled] + reference.mask_bias(mask, query.dtype)), ...])
+    for segment in layout.text:
+        bias[:, :, segment.start : segment.stop, -pooled:] = float("-inf")
+    return masked_sdpa(query, torch.cat([key, pooled_key], 2), torch.cat([value, pooled_value], 2), bias, scale)

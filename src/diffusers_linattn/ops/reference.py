@@ -1,0 +1,203 @@
+"""The three operators in plain PyTorch: the specification that every faster path is tested against.
+
+Letters: B batch, H heads, N tokens, D head_dim, K the head_dim of query and key where it differs from the value's.
+Memory is quadratic in N (the gated one is a loop over tokens): use these to understand and to test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from diffusers_linattn.layout import Segment, TokenLayout
+
+
+FeatureMap = Callable[[torch.Tensor], torch.Tensor]
+
+EPS = 1e-6
+
+FEATURE_MAPS: dict[str, FeatureMap] = {
+    "relu": lambda x: torch.relu(x) + EPS,
+    "elu": lambda x: torch.nn.functional.elu(x) + 1,
+    "softmax": lambda x: torch.softmax(x, dim=-1),
+}
+
+
+def window_mask(
+    queries: Segment, keys: Segment, window: int, temporal_window: int | None, device: torch.device
+) -> torch.Tensor:
+    """Which key tokens of one grid each query token of another (or the same) grid sees: bool (queries, keys).
+
+    Inside one grid: `(y - y')**2 + (x - x')**2 < window**2`, and `|t - t'| < temporal_window` for video (CLEAR, arXiv
+    2412.16112). Across grids, the query's position is scaled to the key's grid and every frame is visible.
+    """
+    assert queries.grid is not None and keys.grid is not None
+    (qf, qh, qw), (kf, kh, kw) = queries.grid, keys.grid
+
+    def axis(size: int) -> torch.Tensor:
+        return torch.arange(size, device=device, dtype=torch.float64)
+
+    # The centre of query token i lies at (i + 1/2) / size of its picture; for equal sizes this is exactly i.
+    dy = ((axis(qh) + 0.5) * kh / qh - 0.5)[:, None] - axis(kh)
+    dx = ((axis(qw) + 0.5) * kw / qw - 0.5)[:, None] - axis(kw)
+    disc = dy[:, None, :, None].square() + dx[None, :, None, :].square() < window**2  # (qh, qw, kh, kw)
+    frames = torch.ones(qf, kf, dtype=torch.bool, device=device)
+    if temporal_window is not None and queries == keys:
+        frames = (axis(qf)[:, None] - axis(kf)).abs() < temporal_window
+    visible = frames[:, None, None, :, None, None] & disc[None, :, :, None]
+    return visible.reshape(qf * qh * qw, kf * kh * kw)
+
+
+def local_mask(
+    layout: TokenLayout, window: int, temporal_window: int | None = None, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """The visibility matrix of [`local_attention`] over a whole sequence: bool (tokens, tokens)."""
+    visible = torch.ones(layout.length, layout.length, dtype=torch.bool, device=device)
+    for a in layout.grids:
+        for b in layout.grids:
+            block = window_mask(a, b, window, temporal_window, visible.device)
+            visible[a.start : a.stop, b.start : b.stop] = block
+    return visible
+
+
+def local_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: TokenLayout,
+    *,
+    window: int,
+    temporal_window: int | None = None,
+    pooled_key: torch.Tensor | None = None,
+    pooled_value: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Softmax attention under [`local_mask`]; pooled keys are seen by grid queries only. All (B, H, N, D)."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    bias = torch.zeros(layout.length, layout.length, dtype=query.dtype, device=query.device)
+    bias = bias.masked_fill(~local_mask(layout, window, temporal_window, query.device), float("-inf"))
+    if mask is not None:
+        bias = bias + mask_bias(mask, query.dtype)
+    if pooled_key is not None and pooled_value is not None:
+        pooled_bias = bias.new_zeros(layout.length, pooled_key.shape[2])
+        for segment in layout.text:
+            pooled_bias[segment.start : segment.stop] = float("-inf")
+        key, value = torch.cat([key, pooled_key], 2), torch.cat([value, pooled_value], 2)
+        bias = torch.cat([bias, pooled_bias.expand(*bias.shape[:-1], -1)], -1)
+    scores = query @ key.transpose(-1, -2) * scale + bias
+    hidden = scores.isneginf().all(-1, keepdim=True)  # a row without a visible key gives 0, not NaN
+    return torch.softmax(scores.masked_fill(hidden, 0), -1).masked_fill(hidden, 0) @ value
+
+
+def linear_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: TokenLayout,
+    *,
+    query_features: FeatureMap,
+    key_features: FeatureMap,
+    mask: torch.Tensor | None = None,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Weights φ(q)·φ(k) between grid tokens (LiT, arXiv 2501.12976), exp(scale q·k) to text, one denominator.
+
+    Text queries keep softmax over everything. `mask` is a key mask, (B|1, H|1, 1, N).
+    """
+    weights = query_features(query) @ key_features(key).transpose(-1, -2)
+    return _blend_with_text(query, key, value, layout, weights, mask, scale)
+
+
+def gated_linear_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    gate: torch.Tensor,
+    layout: TokenLayout,
+    *,
+    query_features: FeatureMap,
+    key_features: FeatureMap,
+    direction: str = "bidirectional",
+    order: str = "rows",
+    normalize: bool = True,
+    mask: torch.Tensor | None = None,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Weights Σ_d φ(q_i)_d φ(k_j)_d Π a_d over the gates a = exp(gate) passed on the scan from j to i (GLA).
+
+    The recurrence of arXiv 2312.06635, `S_t = diag(a_t) S_{t-1} + k_t v_tᵀ`, applied to one unit of value per key. A
+    scan stays inside its grid; across grids the gate is 1. `"bidirectional"` is forward + backward - diagonal.
+    """
+    phi_q, phi_k = query_features(query), key_features(key)
+    weights = phi_q @ phi_k.transpose(-1, -2)
+    for segment in layout.grids:
+        tokens = scan_order(segment, order, query.device)
+        q, k, a = phi_q[:, :, tokens], phi_k[:, :, tokens], gate[:, :, tokens].exp()
+        block = torch.zeros_like(weights[:, :, tokens][..., tokens])
+        if direction in ("forward", "bidirectional"):
+            block = block + _decayed_weights(q, k, a).tril()
+        if direction in ("backward", "bidirectional"):
+            block = block + _decayed_weights(q.flip(2), k.flip(2), a.flip(2)).tril().flip(2, 3)
+        if direction == "bidirectional":
+            block = block - torch.diag_embed((q * k).sum(-1))
+        weights = weights.clone()
+        weights[:, :, tokens[:, None], tokens] = block
+    if normalize:
+        return _blend_with_text(query, key, value, layout, weights, mask, scale)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if mask is not None:
+        weights = weights * mask_bias(mask, weights.dtype).exp()
+    return scale * weights @ value
+
+
+def scan_order(segment: Segment, order: str, device: torch.device) -> torch.Tensor:
+    """Positions of a grid's tokens in the order a scan visits them; frames are always the outermost loop."""
+    assert segment.grid is not None
+    tokens = torch.arange(segment.start, segment.stop, device=device).reshape(segment.grid)
+    return (tokens if order == "rows" else tokens.transpose(1, 2)).reshape(-1)
+
+
+def mask_bias(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A boolean (True = visible) or additive attention mask as an additive one."""
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, float("-inf"))
+
+
+def _decayed_weights(q: torch.Tensor, k: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    """w_tj = Σ_d q_td k_jd a_(j+1)d … a_td for j ≤ t, one token at a time."""
+    state, rows = torch.zeros_like(k), []  # state[j] = k_j ∘ a_(j+1) … a_t
+    for t in range(q.shape[2]):
+        now = (torch.arange(k.shape[2], device=k.device) == t)[:, None]
+        state = torch.where(now, k, state * a[:, :, t : t + 1])
+        rows.append((q[:, :, t : t + 1] * state).sum(-1))
+    return torch.stack(rows, 2)
+
+
+def _blend_with_text(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: TokenLayout,
+    weights: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float | None,
+) -> torch.Tensor:
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = query @ key.transpose(-1, -2) * scale
+    is_text = torch.zeros(layout.length, dtype=torch.bool, device=query.device)
+    for segment in layout.text:
+        is_text[segment.start : segment.stop] = True
+    if mask is not None:
+        bias = mask_bias(mask, query.dtype)
+        scores, weights = scores + bias, weights * bias.exp()
+    # Numerator and denominator are both scaled by exp(-peak), which keeps the text's exponentials finite.
+    text_scores = scores.masked_fill(~is_text, float("-inf"))
+    peak = text_scores.amax(-1, keepdim=True).clamp_min(0)
+    total = torch.where(is_text, (text_scores - peak).exp(), weights * (-peak).exp())
+    blended = total @ value / (total.sum(-1, keepdim=True) + EPS * (-peak).exp())
+    hidden = scores.isneginf().all(-1, keepdim=True)
+    softmax = torch.softmax(scores.masked_fill(hidden, 0), -1).masked_fill(hidden, 0) @ value
+    return torch.where(is_text[:, None], softmax, blended)

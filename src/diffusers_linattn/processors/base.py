@@ -1,0 +1,276 @@
+"""The processor that answers the attention call of a layer's own processor."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_dispatch import AttentionBackendName
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from diffusers_linattn.layout import TokenLayout
+from diffusers_linattn.ops.checks import check_choice
+from diffusers_linattn.tracker import LayoutTracker
+
+
+Processor = TypeVar("Processor", bound="BaseProcessor")
+
+
+@dataclass
+class AttentionCall:
+    """One attention call of a layer, as its processor answers it.
+
+    Args:
+        query: `(batch, heads, tokens, head_dim)`, after the model's own projections, norms and rotary embedding.
+        key: The same; with grouped queries (`enable_gqa`) it has fewer heads.
+        value: The same.
+        layout: What the tokens are.
+        mask: Boolean (True = visible) or additive mask that broadcasts to `(batch, heads, tokens, tokens)`, or `None`.
+        scale: Softmax scale; `None` is `head_dim ** -0.5`.
+        enable_gqa: Whether key and value may have fewer heads.
+        hidden_states: The input of the layer, `(batch, tokens or image tokens, channels)`.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    layout: TokenLayout
+    mask: torch.Tensor | None
+    scale: float | None
+    enable_gqa: bool
+    hidden_states: torch.Tensor
+
+
+class BaseProcessor(nn.Module):
+    """Holds the stock processor of one attention layer, runs it, and answers its attention call.
+
+    Projections, norms, rotary embeddings, text/image concatenation, LoRA and fused projections stay the model's own
+    code. Subclasses say how the call is answered ([`attend`]) and which weights that takes ([`build`]). Their
+    constructor arguments are the whole configuration, kept as attributes of the same names.
+
+    A processor made by a user is a *template*: [`linearize`] gives each layer its own copy.
+    """
+
+    # Read and set by diffusers on every processor (`set_attention_backend`, `enable_parallelism`).
+    _attention_backend = None
+    _parallel_config = None
+
+    reset_projections: bool
+    impl: str | None
+    impls: tuple[str, ...] = ()
+
+    def __init__(self, *, reset_projections: bool, impl: str | None) -> None:
+        super().__init__()
+        if not isinstance(reset_projections, bool):
+            raise ValueError(f"reset_projections must be True or False, got {reset_projections!r}.")
+        check_choice("impl", impl, (None, *self.impls))
+        self.reset_projections = reset_projections
+        self.impl = impl
+        self.original: Any = None
+        self.__dict__["stock"] = None
+        self.tracker: LayoutTracker | None = None
+        self.scope = "joint"
+        self.original_weights: dict[str, torch.Tensor] = {}
+
+    def to_config(self) -> dict[str, Any]:
+        """The constructor arguments, JSON-able; `type(processor).from_config` takes them back."""
+        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
+
+    @classmethod
+    def from_config(cls: type[Processor], config: dict[str, Any]) -> Processor:
+        """A processor from [`to_config`].
+
+        Raises:
+            ValueError: A key that is no constructor argument, or a value that the constructor refuses.
+        """
+        known = inspect.signature(cls).parameters
+        unknown = sorted(set(config) - set(known))
+        if unknown:
+            raise ValueError(
+                f"{cls.__name__} has no argument {', '.join(map(repr, unknown))}: expected {', '.join(known)}. A "
+                "configuration saved by a newer diffusers_linattn needs that version."
+            )
+        return cls(**config)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.to_config().items())
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.extra_repr()})"
+
+    @property
+    def is_template(self) -> bool:
+        """Whether this processor belongs to no layer yet."""
+        return self.tracker is None
+
+    def build(self, heads: int, head_dim: int, channels: int, index: int) -> None:
+        """Create the weights for a layer of that size; `index` counts the converted layers of the model.
+
+        Weights go into leaf modules that are called, never into a bare parameter of the processor: offloading would
+        leave such a parameter on the wrong device.
+        """
+
+    def attend(self, call: AttentionCall) -> torch.Tensor:
+        """Answer one attention call: `(batch, heads, tokens, head_dim)`, the query's dtype."""
+        raise TypeError(f"{type(self).__name__} does not say how it attends: it must define attend().")
+
+    def prepare(self, hidden_states: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
+        """Change the input of the layer before its projections; the default leaves it alone."""
+        return hidden_states
+
+    def implementation(self, layout: TokenLayout | None) -> str:
+        """Which implementation answers a call over `layout`, in words for `status`."""
+        return self.impl or self.impls[0]
+
+    def copy_for_layer(
+        self: Processor, attn: nn.Module, original: Any, *, index: int, scope: str
+    ) -> Processor:
+        """A fresh processor with this configuration for the layer `attn`, whose processor `original` it will hold.
+
+        It is not installed yet: that also takes a place in the layer and the model's tracker.
+        """
+        processor = type(self).from_config(self.to_config())
+        weight = next(
+            (p for p in attn.parameters() if p.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)),
+            torch.empty(0),
+        )
+        # Seeded by layer, so that converting neither reads nor moves the user's random state.
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            torch.manual_seed(index)
+            processor.build(*attention_size(attn), index)
+        if weight.is_meta:
+            processor.to_empty(device="meta")
+        processor.to(device=weight.device, dtype=weight.dtype)
+        processor.original = original
+        # Not through Module.__setattr__: a stock processor with weights must be registered once, as `original`.
+        processor.__dict__["stock"] = _with_native_attention(original)
+        processor.scope = scope
+        processor._sign_like(original)
+        return processor
+
+    def _sign_like(self, original: Any) -> None:
+        # Attention classes of diffusers pass on only those arguments whose names stand in the signature of
+        # `processor.__call__`, so it has to be the stock one.
+        self.__dict__["__call__"] = _SignedCall(self, original)
+
+    def forward(self, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Run the stock processor of the layer with its attention call answered by [`attend`]."""
+        if self.tracker is None:
+            raise ValueError(
+                f"This {type(self).__name__} is a template: give it to linearize(pipe, processor) or "
+                "pipe.set_attn_processor(processor), which install a copy in each layer."
+            )
+        if self._parallel_config is not None:
+            raise ValueError(
+                "Context parallelism splits the sequence, which windows and scans over the token grid cannot see "
+                "across. Disable it, or restore(model) the original attention first."
+            )
+        layout = self.tracker.layout_of(self.scope)
+        names = self.__dict__["__call__"].names
+        arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+        arguments["hidden_states"] = self.prepare(arguments["hidden_states"], layout)
+        extra = args[len(names) :]
+        with _AnswerAttention(self, layout, arguments["hidden_states"]) as answer:
+            # Arguments beyond the named ones are only possible behind a *args, and then all must stay positional.
+            output = self.stock(attn, *args, **kwargs) if extra else self.stock(attn, **arguments)
+        if not answer.seen_match:
+            raise ValueError(
+                f"The tokens do not match the layout: {type(self).__name__} expected {layout.length} query and key "
+                f"tokens ({layout}), but the layer attended over {answer.lengths}. restore(model) gives the original "
+                "attention back."
+            )
+        return output
+
+    def keep_original_weights(self, attn: nn.Module, names: Iterable[str]) -> None:
+        """Keep a copy of weights of the layer before they change, for `restore`. Kept once; later calls add names."""
+        for name, parameter in attn.named_parameters():
+            if name in names and name not in self.original_weights and not name.startswith("processor."):
+                self.original_weights[name] = parameter.detach().clone()
+
+
+class _SignedCall:
+    """`processor.__call__` as diffusers inspects it: the processor, under the signature of the stock one."""
+
+    def __init__(self, processor: BaseProcessor, original: Any):
+        self.processor = processor
+        parameters = inspect.signature(original.__call__ if not inspect.isfunction(original) else original).parameters
+        # Without annotations and defaults of other modules' types the signature can be pickled.
+        self.__signature__ = inspect.Signature([p.replace(annotation=p.empty) for p in parameters.values()])
+        positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        self.names = tuple(p.name for p in parameters.values() if p.kind in positional)[1:]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.processor(*args, **kwargs)
+
+
+class _AnswerAttention(TorchFunctionMode):
+    """While the stock processor runs: its attention calls over the layout's tokens go to [`BaseProcessor.attend`].
+
+    Other attention calls (cross-attention, IP-Adapter) have other lengths and pass through.
+    """
+
+    def __init__(self, processor: BaseProcessor, layout: TokenLayout, hidden_states: torch.Tensor):
+        super().__init__()
+        self.processor = processor
+        self.layout = layout
+        self.hidden_states = hidden_states
+        self.seen_match = False
+        self.lengths = "nothing"
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            return self._answer(*args, **kwargs)
+        if func is torch.Tensor.unflatten:
+            # Tensor.unflatten is Python that calls super(), which Dynamo cannot trace under a mode (torch 2.13).
+            return torch.unflatten(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _answer(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> torch.Tensor:
+        length = self.layout.length
+        if query.shape[2] != length or key.shape[2] != length or dropout_p or is_causal:
+            self.lengths = f"{query.shape[2]} and {key.shape[2]}"
+            return F.scaled_dot_product_attention(
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
+        self.seen_match = True
+        device = query.device.type
+        if torch.is_autocast_enabled(device):  # what autocast does to the call that is answered here
+            dtype = torch.get_autocast_dtype(device)
+            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        call = AttentionCall(query, key, value, self.layout, attn_mask, scale, enable_gqa, self.hidden_states)
+        return self.processor.attend(call).to(query.dtype)
+
+
+def attention_size(attn: Any) -> tuple[int, int, int]:
+    """`(heads, head_dim, channels)` of a diffusers attention module; channels is the width of its input."""
+    heads = attn.heads
+    head_dim = getattr(attn, "head_dim", None) or attn.inner_dim // heads
+    return heads, head_dim, attn.query_dim
+
+
+def _with_native_attention(processor: Any) -> Any:
+    """A shallow copy of a stock processor that always makes the call we answer, whatever the active backend is."""
+    if isinstance(processor, nn.Module) or not hasattr(processor, "_attention_backend"):
+        return processor
+    processor = copy.copy(processor)
+    processor._attention_backend = AttentionBackendName.NATIVE
+    return processor

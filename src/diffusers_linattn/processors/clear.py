@@ -1,0 +1,116 @@
+"""CLEAR: attention in a circular window (arXiv 2412.16112)."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from diffusers_linattn.layout import TokenLayout
+from diffusers_linattn.ops.checks import check_positive_int
+from diffusers_linattn.ops.local import local_attention, window_covers
+from diffusers_linattn.processors.base import AttentionCall, BaseProcessor
+
+
+class ClearProcessor(BaseProcessor):
+    """Each image token attends to the text and to the image tokens within a disc around it.
+
+    Image queries see the keys with `(y - y')**2 + (x - x')**2 < window**2`, every text token, and in reference images
+    the disc around their own position scaled to that grid. Text queries see everything. CLEAR, arXiv 2412.16112.
+
+    Args:
+        window (`int`, *optional*, defaults to 16): Radius of the disc in tokens, strict, cut at the border.
+        down_factor (`int`, *optional*, defaults to 1): Above 1, image queries also see all keys and values pooled over
+            `down_factor x down_factor` cells with one learned weight per layer. That part is quadratic in the tokens.
+        temporal_window (`int`, *optional*): For video: frames with `|t - t'| < temporal_window`; `None` sees all.
+        reset_projections (`bool`, *optional*, defaults to `False`): Start the layer's query, key, value and output
+            projections afresh instead of inheriting them.
+        impl (`str`, *optional*): `"tiled"`, `"dense"` or `"reference"`; `None` chooses.
+
+    Raises:
+        ValueError: An argument out of its range.
+
+    Example:
+        >>> from diffusers_linattn import ClearProcessor
+        >>> ClearProcessor(window=8, down_factor=4)
+        ClearProcessor(window=8, down_factor=4, temporal_window=None, reset_projections=False, impl=None)
+    """
+
+    impls = ("tiled", "dense", "reference")
+
+    def __init__(
+        self,
+        window: int = 16,
+        down_factor: int = 1,
+        temporal_window: int | None = None,
+        reset_projections: bool = False,
+        impl: str | None = None,
+    ) -> None:
+        super().__init__(reset_projections=reset_projections, impl=impl)
+        self.window = check_positive_int("window", window)
+        self.down_factor = check_positive_int("down_factor", down_factor)
+        if temporal_window is not None:
+            check_positive_int("temporal_window", temporal_window)
+        self.temporal_window = temporal_window
+
+    def build(self, heads: int, head_dim: int, channels: int, index: int) -> None:
+        if self.down_factor > 1:
+            self.pool = KeyValuePool(self.down_factor)
+
+    def attend(self, call: AttentionCall) -> torch.Tensor:
+        pooled_key = pooled_value = None
+        if self.down_factor > 1:
+            pooled_key, pooled_value = self.pool(call.key, call.layout), self.pool(call.value, call.layout)
+        return local_attention(
+            call.query,
+            call.key,
+            call.value,
+            call.layout,
+            window=self.window,
+            temporal_window=self.temporal_window,
+            pooled_key=pooled_key,
+            pooled_value=pooled_value,
+            mask=call.mask,
+            scale=call.scale,
+            enable_gqa=call.enable_gqa,
+            impl=self.impl,
+        )
+
+    def implementation(self, layout: TokenLayout | None) -> str:
+        if self.impl is not None:
+            return self.impl
+        if layout is not None and window_covers(layout, self.window, self.temporal_window):
+            return "dense (the window covers the grid)"
+        return "tiled"
+
+
+class KeyValuePool(nn.Module):
+    """Pools keys or values of every grid over `factor x factor` cells with one learned weight.
+
+    Cells cut by the right or bottom border pool the tokens they have, scaled up by the share that is missing.
+    """
+
+    def __init__(self, factor: int):
+        super().__init__()
+        self.factor = factor
+        # The shape of the published CLEAR weights: (1, 1, 1, factor, 1, factor, 1).
+        self.spatial_weight = nn.Parameter(torch.full((1, 1, 1, factor, 1, factor, 1), factor**-2.0))
+
+    def forward(self, tokens: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
+        """`(batch, heads, tokens, head_dim)` to `(batch, heads, cells of all grids, head_dim)`."""
+        return torch.cat([self._pool(tokens, segment) for segment in layout.grids], dim=2)
+
+    def _pool(self, tokens: torch.Tensor, segment: object) -> torch.Tensor:
+        factor = self.factor
+        frames, height, width = segment.grid  # type: ignore[attr-defined]
+        batch, heads, _, head_dim = tokens.shape
+        cells = tokens[:, :, segment.start : segment.stop]  # type: ignore[attr-defined]
+        cells = cells.reshape(batch * heads, frames, height, width, head_dim)
+        bottom, right = -height % factor, -width % factor
+        rows, columns = (height + bottom) // factor, (width + right) // factor
+        cells = nn.functional.pad(cells, (0, 0, 0, right, 0, bottom))
+        cells = cells.reshape(batch * heads, frames, rows, factor, columns, factor, head_dim)
+        pooled = (cells * self.spatial_weight.to(cells.dtype)).sum((3, 5))
+        present = torch.ones(height, width, device=tokens.device)
+        present = nn.functional.pad(present, (0, right, 0, bottom)).reshape(rows, factor, columns, factor).sum((1, 3))
+        pooled = pooled * (factor**2 / present).to(pooled.dtype)[:, :, None]
+        return pooled.reshape(batch, heads, frames * rows * columns, head_dim)
