@@ -197,6 +197,6 @@ def pixart_pipeline() -> PixArtSigmaPipeline:
 
 
 def dit_pipeline() -> DiTPipeline:
-    pipe = DiTPipeline(transformer=dit(), vae=vae(4), scheduler=DDIMScheduler())
+    pipe = DiTPipeline(transformer=dit(num_embeds_ada_norm=1000), vae=vae(4), scheduler=DDIMScheduler())
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -26,6 +26,7 @@ from judge import Judge
 from PIL import Image
 from text import TOKENS
 
+
 HERE = Path(__file__).parent
 REAL_SEED = 11
 SHEET_LETTERS = "AGKMQRSX"

@@ -31,7 +31,7 @@ class LayoutTracker:
         arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
         self.set(self.family.layout(model, ForwardArguments(arguments, self._memo)))
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            _carry_layout_through_checkpoints(model, self)
+            _prepare_for_training(model, self)
 
     def set(self, layout: TokenLayout | None) -> None:
         """Make `layout` the one that [`layout_of`] answers with."""
@@ -91,12 +91,16 @@ class CheckpointWithLayout:
         return self.checkpoint(run, *args, **kwargs)
 
 
-def _carry_layout_through_checkpoints(model: nn.Module, tracker: LayoutTracker) -> None:
+def _prepare_for_training(model: nn.Module, tracker: LayoutTracker) -> None:
+    """What a forward pass with gradients needs: layouts carried through checkpoints, weights kept for `restore`."""
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False):
             function: Any = module._gradient_checkpointing_func
             if not isinstance(function, CheckpointWithLayout):
                 module._gradient_checkpointing_func = CheckpointWithLayout(function, tracker)  # type: ignore[assignment]
+        processor = getattr(module, "processor", None)
+        if getattr(processor, "tracker", None) is tracker:
+            processor.keep_original_weights(module, [n for n, p in module.named_parameters() if p.requires_grad])
 
 
 def install_tracker(model: nn.Module, family: Family) -> LayoutTracker:

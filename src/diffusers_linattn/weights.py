@@ -130,7 +130,7 @@ def _single_transformer(pipe_or_model: Any) -> Any:
 
 
 def _describe(processor: BaseProcessor) -> dict[str, Any]:
-    kind = next((name for name, cls in PROCESSORS.items() if type(processor) is cls), None)
+    kind = next((name for name, cls in PROCESSORS.items() if processor.plain_class is cls), None)
     if kind is None:
         raise ValueError(f"{type(processor).__name__} cannot be saved: only {', '.join(PROCESSORS)} have a format.")
     arguments = processor.to_config()

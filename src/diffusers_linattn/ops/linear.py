@@ -77,29 +77,30 @@ def linear_attention(
     if heads is not None and heads != query.shape[1]:
         _check_heads(heads, query, value, mask)
         grid_query, grid_key, grid_value = (regroup_heads(x, heads) for x in (query, key, value))
-    key_mask = reduce_to_key_mask(mask, full_precision(query[..., :0]).dtype)
+    key_mask = reduce_to_key_mask(mask, query.dtype)
+    if not layout.grids:
+        return with_text_queries(None, query, key, value, layout, key_mask, scale)
 
-    if impl == "reference":
-        bias = None if key_mask is None else key_mask.bias
-        grid = reference.linear_attention(
-            *(full_precision(x) for x in (grid_query, grid_key, grid_value)),
-            layout,
-            query_features=lambda _: of_query(grid_query),
-            key_features=lambda _: of_key(grid_key),
-            mask=bias,
-            scale=scale,
-        )
-        grid = take(grid, layout.grids) if layout.grids else None
-    else:
-        grid = _torch_linear_attention(
-            grid_query, grid_key, grid_value, layout, of_query(grid_query), of_key(grid_key), key_mask, scale
-        )
-    if grid is not None:
-        grid = regroup_heads(grid, query.shape[1])
-    return with_text_queries(grid, query, key, value, layout, key_mask, scale)
+    phi_q, phi_k = of_query(grid_query), of_key(grid_key)
+    with torch.autocast(query.device.type, enabled=False):
+        if impl == "reference":
+            output = reference.linear_attention(
+                full_precision(grid_query),
+                full_precision(grid_key),
+                full_precision(grid_value),
+                layout,
+                query_features=lambda _: phi_q,
+                key_features=lambda _: phi_k,
+                mask=None if key_mask is None else key_mask.bias,
+                scale=scale,
+            )
+            grid = take(output, layout.grids)
+        else:
+            grid = _grid_queries(grid_query, grid_key, grid_value, layout, phi_q, phi_k, key_mask, scale)
+    return with_text_queries(regroup_heads(grid, query.shape[1]), query, key, value, layout, key_mask, scale)
 
 
-def _torch_linear_attention(
+def _grid_queries(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -108,19 +109,16 @@ def _torch_linear_attention(
     phi_k: torch.Tensor,
     key_mask: KeyMask | None,
     scale: float | None,
-) -> torch.Tensor | None:
-    """The output of the grid queries, (B, H, G, D), or None without a grid."""
-    if not layout.grids:
-        return None
-    with torch.autocast(query.device.type, enabled=False):
-        if key_mask is not None:
-            phi_k = phi_k * key_mask.weights()
-        phi_q, phi_k = take(phi_q, layout.grids), take(phi_k, layout.grids)
-        # fp32 has the range that fp16 lacks, so that nothing needs to be divided by the number of tokens here.
-        state = phi_k.transpose(-1, -2) @ full_precision(take(value, layout.grids))  # (B, H, K, D)
-        numerator = phi_q @ state
-        denominator = phi_q @ phi_k.sum(-2)[..., None]
-        return blend_with_text(query, key, value, layout, numerator, denominator, key_mask, scale)
+) -> torch.Tensor:
+    """The output of the grid queries, (B, H, G, D), in fp32 or fp64."""
+    if key_mask is not None:
+        phi_k = phi_k * key_mask.weights()
+    phi_q, phi_k = take(phi_q, layout.grids), take(phi_k, layout.grids)
+    # fp32 has the range that fp16 lacks, so that nothing needs to be divided by the number of tokens here.
+    state = phi_k.transpose(-1, -2) @ full_precision(take(value, layout.grids))  # (B, H, K, D)
+    numerator = phi_q @ state
+    denominator = phi_q @ phi_k.sum(-2)[..., None]
+    return blend_with_text(query, key, value, layout, numerator, denominator, key_mask, scale)
 
 
 def blend_with_text(
@@ -152,7 +150,7 @@ def blend_with_text(
     key = F.pad(key, (0, width - key.shape[-1], 0, 1))
     text = F.pad(torch.cat([value, torch.ones_like(value[..., :1])], -1), (0, width - dim - 1))
     null = F.pad(value.new_ones(*value.shape[:2], 1, 1), (dim + 1, width - dim - 2))
-    bias = None if key_mask is None else F.pad(take(key_mask.bias, layout.text, -1), (0, 1))
+    bias = None if key_mask is None else F.pad(take(full_precision(key_mask.bias), layout.text, -1), (0, 1))
     softmax = F.scaled_dot_product_attention(query, key, torch.cat([text, null], 2), bias, scale=scale)
     text_sum, text_count, unit = softmax[..., :dim], softmax[..., dim : dim + 1], softmax[..., dim + 1 : dim + 2]
     return (text_sum + numerator * unit) / (text_count + (denominator + reference.EPS) * unit)
@@ -173,7 +171,7 @@ def with_text_queries(
     """
     text = None
     if layout.num_text or grid is None:
-        bias = None if key_mask is None else key_mask.bias.to(query.dtype)
+        bias = None if key_mask is None else key_mask.bias
         with torch.autocast(query.device.type, enabled=False):
             text = F.scaled_dot_product_attention(take(query, layout.text), key, value, bias, scale=scale)
     parts, starts = [], {True: 0, False: 0}
@@ -198,7 +196,7 @@ def regroup_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
     """Cut the concatenated heads of (B, H, N, D) into another number of heads, (B, heads, N, H·D / heads)."""
     if x.shape[1] == heads:
         return x
-    return x.transpose(1, 2).flatten(2).unflatten(2, (heads, -1)).transpose(1, 2)
+    return x.transpose(1, 2).reshape(x.shape[0], x.shape[2], heads, -1).transpose(1, 2)
 
 
 def _check_heads(heads: int, query: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> None:

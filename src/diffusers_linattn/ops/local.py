@@ -76,8 +76,9 @@ def local_attention(
         check_positive_int("temporal_window", temporal_window)
     if mask is not None and mask.requires_grad:
         raise ValueError("The mask requires a gradient, which local_attention does not compute: pass mask.detach().")
-    pooled_key, pooled_value = _check_pooled(query, key, value, pooled_key, pooled_value, enable_gqa)
-    key, value = check_attention_inputs(query, key, value, layout, mask, enable_gqa)
+    expanded = check_attention_inputs(query, key, value, layout, mask, enable_gqa)
+    pooled_key, pooled_value = _check_pooled(query, key, value, pooled_key, pooled_value)
+    key, value = expanded
     while mask is not None and mask.ndim < 4:
         mask = mask[None]
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -119,7 +120,8 @@ def window_covers(layout: TokenLayout, window: int, temporal_window: int | None 
     """
     for queries in layout.grids:
         for keys in layout.grids:
-            assert queries.grid is not None and keys.grid is not None
+            assert queries.grid is not None
+            assert keys.grid is not None
             (frames, *query_size), (_, *key_size) = queries.grid, keys.grid
             dy, dx = (_farthest(q, k) for q, k in zip(query_size, key_size, strict=True))
             if dy**2 + dx**2 >= window**2:
@@ -130,7 +132,7 @@ def window_covers(layout: TokenLayout, window: int, temporal_window: int | None 
 
 
 def _farthest(queries: int, keys: int) -> float:
-    """The largest distance along one axis, in the float operations of the reference, so that ties fall the same way."""
+    """The largest distance along one axis, with the reference's float operations, so that ties fall the same way."""
     first, last = 0.5 * keys / queries - 0.5, (queries - 0.5) * keys / queries - 0.5
     return max(last, keys - 1 - first)
 
@@ -141,10 +143,37 @@ def _check_pooled(
     value: torch.Tensor,
     pooled_key: torch.Tensor | None,
     pooled_value: torch.Tensor | None,
-    enable_gqa: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pooled keys and values with as many heads as query: empty ones if none are given."""
-    raise NotImplementedError
+    """Pooled keys and values with as many heads as query; without any, tensors of 0 tokens."""
+    if (pooled_key is None) != (pooled_value is None):
+        raise ValueError("Pass both pooled_key and pooled_value or neither: got only one of them.")
+    if pooled_key is None or pooled_value is None:
+        batch, heads = query.shape[:2]
+        return query.new_empty(batch, heads, 0, key.shape[3]), query.new_empty(batch, heads, 0, value.shape[3])
+    if pooled_key.ndim != 4 or pooled_key.shape[:3] != pooled_value.shape[:3]:
+        raise ValueError(
+            "Expected (batch, heads, pooled tokens, head_dim) tensors, got "
+            f"{tuple(pooled_key.shape)=}, {tuple(pooled_value.shape)=}."
+        )
+    if (pooled_key.shape[0], pooled_key.shape[3], pooled_value.shape[3]) != (
+        query.shape[0],
+        query.shape[3],
+        value.shape[3],
+    ):
+        raise ValueError(
+            "pooled_key and pooled_value do not fit query, key and value: "
+            f"{tuple(pooled_key.shape)=}, {tuple(pooled_value.shape)=}, {tuple(query.shape)=}, {tuple(value.shape)=}."
+        )
+    if not query.dtype == pooled_key.dtype == pooled_value.dtype:
+        raise ValueError(
+            f"All tensors must share a dtype: {query.dtype=}, {pooled_key.dtype=}, {pooled_value.dtype=}."
+        )
+    groups = query.shape[1] // pooled_key.shape[1]
+    if pooled_key.shape[1] not in (key.shape[1], query.shape[1]):
+        raise ValueError(f"key has {key.shape[1]} heads and pooled_key {pooled_key.shape[1]}: expected as many.")
+    if groups == 1:
+        return pooled_key, pooled_value
+    return pooled_key.repeat_interleave(groups, 1), pooled_value.repeat_interleave(groups, 1)
 
 
 def _dense(
@@ -158,12 +187,16 @@ def _dense(
     scale: float,
 ) -> torch.Tensor:
     """One attention over all keys and the pooled ones, which are hidden from text queries."""
-    pooled = pooled_key.shape[2]
-    if not pooled:
-        return masked_sdpa(query, key, value, mask, scale)
-    bias = query.new_zeros(1, 1, layout.length, layout.length + pooled)
-    if mask is not None:
-        bias = torch.cat([(bias[..., :-pooled] + reference.mask_bias(mask, query.dtype)), ...])
-    for segment in layout.text:
-        bias[:, :, segment.start : segment.stop, -pooled:] = float("-inf")
-    return masked_sdpa(query, torch.cat([key, pooled_key], 2), torch.cat([value, pooled_value], 2), bias, scale)
+    num_pooled = pooled_key.shape[2]
+    if num_pooled:
+        bias = query.new_zeros(1, 1, layout.length, num_pooled)
+        for segment in layout.text:
+            bias[:, :, segment.start : segment.stop] = float("-inf")
+        seen = query.new_zeros(1, 1, 1, layout.length) if mask is None else reference.mask_bias(mask, query.dtype)
+        batch, heads = seen.shape[:2]
+        mask = torch.cat(
+            [seen.expand(-1, -1, layout.length, -1), bias.expand(batch, heads, -1, -1)],
+            dim=-1,
+        )
+        key, value = torch.cat([key, pooled_key], 2), torch.cat([value, pooled_value], 2)
+    return masked_sdpa(query, key, value, mask, scale)

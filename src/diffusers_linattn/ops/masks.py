@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from diffusers_linattn.ops.features import full_precision
 from diffusers_linattn.ops.reference import mask_bias
 
 
@@ -22,8 +23,8 @@ class KeyMask:
     visible: torch.Tensor
 
     def weights(self) -> torch.Tensor:
-        """What the features of each key are multiplied with: (batch | 1, heads | 1, tokens, 1)."""
-        return self.bias.exp().transpose(-1, -2)
+        """What the features of each key are multiplied with: (batch | 1, heads | 1, tokens, 1), fp32 or fp64."""
+        return full_precision(self.bias).exp().transpose(-1, -2)
 
     def zero_hidden(self, output: torch.Tensor) -> torch.Tensor:
         """`output`, (batch, heads, tokens, head_dim), with 0 for the queries that see nothing."""
@@ -39,7 +40,7 @@ def reduce_to_key_mask(mask: torch.Tensor | None, dtype: torch.dtype) -> KeyMask
 
     Args:
         mask: (batch | 1, heads | 1, tokens | 1, tokens), leading dimensions may be missing; or `None`.
-        dtype: The dtype of the result.
+        dtype: The dtype of the result, that of the query.
 
     Raises:
         ValueError: Different queries see different keys.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -64,6 +65,12 @@ class BaseProcessor(nn.Module):
     reset_projections: bool
     impl: str | None
     impls: tuple[str, ...] = ()
+    argument_names: tuple[str, ...] = ()
+    plain_class: type[Any]
+    _stock_call: Callable[..., Any]
+
+    def __init_subclass__(cls) -> None:
+        cls.plain_class = vars(cls).get("plain_class", cls)
 
     def __init__(self, *, reset_projections: bool, impl: str | None) -> None:
         super().__init__()
@@ -97,6 +104,12 @@ class BaseProcessor(nn.Module):
                 "configuration saved by a newer diffusers_linattn needs that version."
             )
         return cls(**config)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class of an installed processor is made at run time, so that pickle cannot find it by name.
+        if type(self) is self.plain_class:
+            return super().__reduce_ex__(protocol)
+        return _new_signed, (self.plain_class, self._stock_call), self.__dict__
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.to_config().items())
@@ -135,7 +148,8 @@ class BaseProcessor(nn.Module):
 
         It is not installed yet: that also takes a place in the layer and the model's tracker.
         """
-        processor = type(self).from_config(self.to_config())
+        stock_call = original if inspect.isfunction(original) else type(original).__call__
+        processor = _signed_class(self.plain_class, stock_call).from_config(self.to_config())
         weight = next(
             (p for p in attn.parameters() if p.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)),
             torch.empty(0),
@@ -151,13 +165,7 @@ class BaseProcessor(nn.Module):
         # Not through Module.__setattr__: a stock processor with weights must be registered once, as `original`.
         processor.__dict__["stock"] = _with_native_attention(original)
         processor.scope = scope
-        processor._sign_like(original)
         return processor
-
-    def _sign_like(self, original: Any) -> None:
-        # Attention classes of diffusers pass on only those arguments whose names stand in the signature of
-        # `processor.__call__`, so it has to be the stock one.
-        self.__dict__["__call__"] = _SignedCall(self, original)
 
     def forward(self, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Run the stock processor of the layer with its attention call answered by [`attend`]."""
@@ -172,17 +180,19 @@ class BaseProcessor(nn.Module):
                 "across. Disable it, or restore(model) the original attention first."
             )
         layout = self.tracker.layout_of(self.scope)
-        names = self.__dict__["__call__"].names
+        names = self.argument_names
         arguments = {**dict(zip(names, args, strict=False)), **kwargs}
         arguments["hidden_states"] = self.prepare(arguments["hidden_states"], layout)
         extra = args[len(names) :]
-        with _AnswerAttention(self, layout, arguments["hidden_states"]) as answer:
+        passed: list[tuple[int, int]] = []
+        answered: list[bool] = []
+        with _AnswerAttention(self, layout, arguments["hidden_states"], answered, passed):
             # Arguments beyond the named ones are only possible behind a *args, and then all must stay positional.
             output = self.stock(attn, *args, **kwargs) if extra else self.stock(attn, **arguments)
-        if not answer.seen_match:
+        if not answered:
             raise ValueError(
                 f"The tokens do not match the layout: {type(self).__name__} expected {layout.length} query and key "
-                f"tokens ({layout}), but the layer attended over {answer.lengths}. restore(model) gives the original "
+                f"tokens ({layout}), but the layer attended over {passed}. restore(model) gives the original "
                 "attention back."
             )
         return output
@@ -194,34 +204,61 @@ class BaseProcessor(nn.Module):
                 self.original_weights[name] = parameter.detach().clone()
 
 
-class _SignedCall:
-    """`processor.__call__` as diffusers inspects it: the processor, under the signature of the stock one."""
+@functools.cache
+def _signed_class(cls: type[Processor], stock_call: Callable[..., Any]) -> type[Processor]:
+    """`cls` with the call signature of a stock processor.
 
-    def __init__(self, processor: BaseProcessor, original: Any):
-        self.processor = processor
-        parameters = inspect.signature(original.__call__ if not inspect.isfunction(original) else original).parameters
-        # Without annotations and defaults of other modules' types the signature can be pickled.
-        self.__signature__ = inspect.Signature([p.replace(annotation=p.empty) for p in parameters.values()])
-        positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        self.names = tuple(p.name for p in parameters.values() if p.kind in positional)[1:]
+    Attention classes of diffusers pass on only those arguments whose names stand in the signature of
+    `processor.__call__`. It has to be a class, shared by all layers with that stock processor: with a signature on each
+    instance, `torch.compile` would compile every block anew.
+    """
+    parameters = list(inspect.signature(stock_call).parameters.values())
+    if next(iter(parameters)).name != "self":  # a plain function
+        parameters.insert(0, inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD))
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.processor(*args, **kwargs)
+    def __call__(self: BaseProcessor, *args: Any, **kwargs: Any) -> Any:
+        return nn.Module.__call__(self, *args, **kwargs)
+
+    __call__.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    named = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    names = tuple(p.name for p in parameters if p.kind in named)[2:]  # without self and attn
+    body = {
+        "__call__": __call__,
+        "__doc__": cls.__doc__,
+        "__module__": cls.__module__,
+        "argument_names": names,
+        "plain_class": cls,
+        "_stock_call": staticmethod(stock_call),
+    }
+    return type(cls.__name__, (cls,), body)
+
+
+def _new_signed(cls: type[BaseProcessor], stock_call: Callable[..., Any]) -> BaseProcessor:
+    signed = _signed_class(cls, stock_call)
+    return signed.__new__(signed)
 
 
 class _AnswerAttention(TorchFunctionMode):
     """While the stock processor runs: its attention calls over the layout's tokens go to [`BaseProcessor.attend`].
 
-    Other attention calls (cross-attention, IP-Adapter) have other lengths and pass through.
+    Other attention calls (cross-attention, IP-Adapter) have other lengths and pass through. What was answered and what
+    passed is noted in lists of the caller's: Dynamo cannot read an attribute of the mode after its block.
     """
 
-    def __init__(self, processor: BaseProcessor, layout: TokenLayout, hidden_states: torch.Tensor):
+    def __init__(
+        self,
+        processor: BaseProcessor,
+        layout: TokenLayout,
+        hidden_states: torch.Tensor,
+        answered: list[bool],
+        passed: list[tuple[int, int]],
+    ):
         super().__init__()
         self.processor = processor
         self.layout = layout
         self.hidden_states = hidden_states
-        self.seen_match = False
-        self.lengths = "nothing"
+        self.answered = answered
+        self.passed = passed
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -247,11 +284,11 @@ class _AnswerAttention(TorchFunctionMode):
     ) -> torch.Tensor:
         length = self.layout.length
         if query.shape[2] != length or key.shape[2] != length or dropout_p or is_causal:
-            self.lengths = f"{query.shape[2]} and {key.shape[2]}"
+            self.passed.append((query.shape[2], key.shape[2]))
             return F.scaled_dot_product_attention(
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )
-        self.seen_match = True
+        self.answered.append(True)
         device = query.device.type
         if torch.is_autocast_enabled(device):  # what autocast does to the call that is answered here
             dtype = torch.get_autocast_dtype(device)

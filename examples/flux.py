@@ -1,0 +1,26 @@
+"""The same path for FLUX.1-dev from the Hub, on one large GPU. The numbers are CLEAR's recipe (arXiv 2412.16112)."""
+
+import torch
+from diffusers import FluxPipeline
+
+from diffusers_linattn import ClearProcessor, distill, make_samples, status
+
+
+pipe = FluxPipeline.from_pretrained("black-forest-labs/FLUX.1-dev", torch_dtype=torch.bfloat16).to("cuda")
+pipe.set_attn_processor(ClearProcessor(window=16))
+
+# A text file with one prompt per line; the original attention makes the samples.
+samples = make_samples(
+    pipe,
+    "prompts.txt",
+    "flux-samples",
+    num_samples=10_000,
+    resolutions=[(1024, 1024), (768, 1344), (1344, 768)],
+    guidance_scale=3.5,
+    num_inference_steps=28,
+)
+pipe.transformer.enable_gradient_checkpointing()
+distill(pipe, samples, "flux-clear-w16", transfer_steps=1_000, steps=9_000, batch_size=4)
+
+print(status(pipe))
+pipe("a lighthouse in a storm, oil painting", height=2048, width=2048).images[0].save("lighthouse.png")

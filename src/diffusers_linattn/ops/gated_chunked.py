@@ -1,0 +1,253 @@
+"""The scan of gated linear attention in chunks, forward and backward, as one custom operator.
+
+Letters: B batch, H heads, L tokens of one scan, K features, V value columns, C tokens per chunk; S = 1 or 2 directions
+times B times H. A state is the (K, V) matrix of the recurrence `S_t = diag(exp(g_t)) S_{t-1} + k_t v_tᵀ`.
+
+Inside a chunk the lower triangle of weights is cut into halves: the second half of a block of 2s tokens looks at
+the first, then both halves are cut again, down to single tokens. Between a row i of the second half and a key j of the
+first, the decay factors at the middle of the block into exp(g summed over the rows up to i) times exp(g summed over
+the keys after j). Every exponent is a sum of gates, hence ≤ 0, and never a difference of two large sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+
+CHUNK = 32  # a power of two
+SLAB = 1024  # tokens worked on at a time, which bounds the memory and keeps the work in the cache
+
+DIRECTIONS = ("forward", "backward", "bidirectional")
+
+
+def gated_scan(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, gate: torch.Tensor, direction: str
+) -> torch.Tensor:
+    """Σ_j (Σ_d q_id k_jd Π a_d) v_j over the keys j ≠ i before ("forward") or after i, a = exp(gate) from j to i.
+
+    Args:
+        query: (B, H, L, K), fp32 or fp64, in scan order, like all of them.
+        key: (B, H, L, K).
+        value: (B, H, L, V).
+        gate: (B, H, L, K), ≤ 0.
+        direction: `"forward"`, `"backward"` or `"bidirectional"` (the sum of both, in one pass).
+
+    Returns:
+        (B, H, L, V). Memory is linear in L, with autograd as well.
+    """
+    return _gated_scan(query, key, value, gate, direction)[0]
+
+
+@torch.library.custom_op("diffusers_linattn::gated_scan", mutates_args=())
+def _gated_scan(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, gate: torch.Tensor, direction: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output, and the state at the start of every slab, which the backward pass starts from."""
+    q, k, v, g = (_fold(x, direction) for x in (query, key, value, gate))
+    output, starts = torch.empty_like(v), []
+    state = q.new_zeros(q.shape[0], q.shape[-1], v.shape[-1])
+    for slab in _slabs(q.shape[1]):
+        starts.append(state.clone())
+        output[:, slab], state = _scan_slab(q[:, slab], k[:, slab], v[:, slab], g[:, slab], state)
+    return _unfold(output, value, direction), torch.stack(starts, 1)
+
+
+@_gated_scan.register_fake
+def _(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, gate: torch.Tensor, direction: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    scans = query.shape[0] * query.shape[1] * (2 if direction == "bidirectional" else 1)
+    slabs = (query.shape[2] + SLAB - 1) // SLAB
+    return torch.empty_like(value, memory_format=torch.contiguous_format), query.new_empty(
+        scans, slabs, query.shape[-1], value.shape[-1]
+    )
+
+
+@torch.library.custom_op("diffusers_linattn::gated_scan_backward", mutates_args=())
+def _gated_scan_backward(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    gate: torch.Tensor,
+    starts: torch.Tensor,
+    direction: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    q, k, v, g, do = (_fold(x, direction) for x in (query, key, value, gate, grad))
+    dq, dk, dv, dg = (torch.empty_like(x) for x in (q, k, v, g))
+    d_state = torch.zeros_like(starts[:, 0])
+    for index, slab in reversed(list(enumerate(_slabs(q.shape[1])))):
+        dq[:, slab], dk[:, slab], dv[:, slab], dg[:, slab], d_state = _scan_slab_backward(
+            q[:, slab], k[:, slab], v[:, slab], g[:, slab], starts[:, index], do[:, slab], d_state
+        )
+    return (
+        _unfold(dq, query, direction),
+        _unfold(dk, key, direction),
+        _unfold(dv, value, direction),
+        _unfold(dg, gate, direction),
+    )
+
+
+@_gated_scan_backward.register_fake
+def _(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    gate: torch.Tensor,
+    starts: torch.Tensor,
+    direction: str,
+) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value, gate))
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    query, key, value, gate, ctx.direction = inputs
+    ctx.save_for_backward(query, key, value, gate, output[1])
+
+
+def _backward(ctx, grad, _grad_starts):  # type: ignore[no-untyped-def]
+    return *_gated_scan_backward(grad, *ctx.saved_tensors, ctx.direction), None
+
+
+_gated_scan.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _fold(x: torch.Tensor, direction: str) -> torch.Tensor:
+    """(B, H, L, …) as (S, whole chunks, …): directions and heads in one dimension, every scan running forward."""
+    x = x.flatten(0, 1)
+    if direction == "backward":
+        x = x.flip(1)
+    elif direction == "bidirectional":
+        x = torch.cat([x, x.flip(1)])
+    # Zeros at the end change nothing: keys of 0, and no query to see them.
+    return torch.nn.functional.pad(x, (0, 0, 0, -x.shape[1] % CHUNK)).contiguous()
+
+
+def _unfold(x: torch.Tensor, like: torch.Tensor, direction: str) -> torch.Tensor:
+    """The inverse of [`_fold`], with both directions added up."""
+    x = x[:, : like.shape[2]]
+    if direction == "backward":
+        x = x.flip(1)
+    elif direction == "bidirectional":
+        forward, backward = x.chunk(2)
+        x = forward + backward.flip(1)
+    return x.reshape(like.shape).contiguous()
+
+
+def _slabs(length: int) -> list[slice]:
+    return [slice(start, min(start + SLAB, length)) for start in range(0, length, SLAB)]
+
+
+def _chunks(x: torch.Tensor) -> torch.Tensor:
+    return x.reshape(x.shape[0], -1, CHUNK, x.shape[-1]).contiguous()
+
+
+def _halves(gate: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """For s = 1, 2, 4 … CHUNK: s and the gates of (S, n, C, K) summed inside blocks of s tokens.
+
+    The first sum runs from the start of the block to the token (what a row passes), the second from behind the token
+    to the end of the block (what a key passes). The tensors are overwritten by the next step.
+    """
+    before, after = gate.clone(), torch.zeros_like(gate)
+    size = 1
+    while True:
+        yield size, before, after
+        if size == CHUNK:
+            return
+        first_before, second_before = _split(before, size)
+        first_after, _ = _split(after, size)
+        first_after += second_before[:, -1:]
+        second_before += first_before[:, -1:]
+        size *= 2
+
+
+def _split(x: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """First and second halves of all blocks of 2 · size tokens: two views (blocks, size, …)."""
+    blocks = x.view(-1, 2, size, x.shape[-1])
+    return blocks[:, 0], blocks[:, 1]
+
+
+def _scan_slab(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, state: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output (S, tokens, V) of one slab that is entered with `state`, and the state behind it."""
+    q, k, v, g = (_chunks(x) for x in (q, k, v, g))
+    output = torch.zeros_like(v)
+    for size, before, after in _halves(g):
+        if size == CHUNK:
+            break
+        rows = _split(q, size)[1] * _split(before, size)[1].exp()
+        keys = _split(k, size)[0] * _split(after, size)[0].exp()
+        _split(output, size)[1].add_(rows @ keys.transpose(-1, -2) @ _split(v, size)[0])
+    states, state = _states(k * after.exp(), v, before[:, :, -1].exp(), state)
+    output += q * before.exp() @ states
+    return output.flatten(1, 2), state
+
+
+def _states(
+    keys: torch.Tensor, v: torch.Tensor, decay: torch.Tensor, state: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The state that each chunk is entered with, (S, n, K, V), and the one behind the last: the sequential part."""
+    states = keys.transpose(-1, -2) @ v
+    for n in range(states.shape[1]):
+        following = torch.addcmul(states[:, n], decay[:, n, :, None], state)
+        states[:, n] = state
+        state = following
+    return states, state
+
+
+def _scan_slab_backward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    state: torch.Tensor,
+    grad: torch.Tensor,
+    d_state: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of the four inputs of [`_scan_slab`] and of the state that it is entered with."""
+    q, k, v, g, grad = (_chunks(x) for x in (q, k, v, g, grad))
+    dq, dk, dv, dg = (torch.zeros_like(x) for x in (q, k, v, g))
+    for size, before, after in _halves(g):
+        if size == CHUNK:
+            break
+        row_decay, key_decay = _split(before, size)[1].exp(), _split(after, size)[0].exp()
+        rows, keys = _split(q, size)[1] * row_decay, _split(k, size)[0] * key_decay
+        row_grad = _split(grad, size)[1]
+        d_weights = row_grad @ _split(v, size)[0].transpose(-1, -2)
+        d_rows, d_keys = d_weights @ keys, d_weights.transpose(-1, -2) @ rows
+        _split(dv, size)[0].add_(keys @ rows.transpose(-1, -2) @ row_grad)
+        _split(dq, size)[1].addcmul_(d_rows, row_decay)
+        _split(dk, size)[0].addcmul_(d_keys, key_decay)
+        _split(dg, size)[1].add_(_sum_from(d_rows * rows))
+        _split(dg, size)[0].add_(_sum_before(d_keys * keys))
+
+    row_decay, key_decay, decay = before.exp(), after.exp(), before[:, :, -1].exp()
+    rows, keys = q * row_decay, k * key_decay
+    states, _ = _states(keys, v, decay, state)
+    d_rows = grad @ states.transpose(-1, -2)
+    d_states = rows.transpose(-1, -2) @ grad
+    for n in reversed(range(d_states.shape[1])):  # d_states[:, n] becomes the gradient of the state behind chunk n
+        preceding = torch.addcmul(d_states[:, n], decay[:, n, :, None], d_state)
+        d_states[:, n] = d_state
+        d_state = preceding
+    d_keys = v @ d_states.transpose(-1, -2)
+    dv += keys @ d_states
+    dq.addcmul_(d_rows, row_decay)
+    dk.addcmul_(d_keys, key_decay)
+    d_decay = (states.mul_(d_states).sum(-1) * decay)[:, :, None]
+    dg += _sum_from(d_rows.mul_(rows)) + _sum_before(d_keys.mul_(keys)) + d_decay
+    return dq.flatten(1, 2), dk.flatten(1, 2), dv.flatten(1, 2), dg.flatten(1, 2), d_state
+
+
+def _sum_from(x: torch.Tensor) -> torch.Tensor:
+    """Sum over the tokens of a block from each on: the gradient of the gates summed up to a token."""
+    return x.flip(-2).cumsum(-2).flip(-2)
+
+
+def _sum_before(x: torch.Tensor) -> torch.Tensor:
+    """Sum over the tokens of a block before each: the gradient of the gates summed behind a token."""
+    return torch.nn.functional.pad(x, (0, 0, 1, -1)).cumsum(-2)

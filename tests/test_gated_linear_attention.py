@@ -1,0 +1,321 @@
+"""Gated linear attention against its specification, in fp64 as the truth, and against a loop over tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_linear_attention import assert_as_accurate, make_inputs, seen_keys, with_gradients
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from diffusers_linattn.layout import TokenLayout
+from diffusers_linattn.ops import gated_chunked, reference
+from diffusers_linattn.ops.gated import gated_linear_attention
+from diffusers_linattn.ops.linear import linear_attention
+
+
+LAYOUTS = {
+    "one token": TokenLayout.image((1, 1, 1)),
+    "one row of 15": TokenLayout.image((1, 1, 15)),
+    "one column of 17": TokenLayout.image((1, 17, 1)),
+    "odd grid": TokenLayout.image((1, 7, 5)),
+    "several chunks": TokenLayout.image((1, 9, 11)),
+    "video": TokenLayout.image((3, 4, 5)),
+    "no text": TokenLayout.joint(text=0, grid=(1, 5, 6)),
+    "77 text first": TokenLayout.joint(text=77, grid=(1, 5, 6)),
+    "1 text last": TokenLayout.joint(text=1, grid=(1, 5, 6), text_first=False),
+    "references and padding": TokenLayout.joint(
+        text=7, grid=(1, 6, 5), text_first=False, references=[(1, 3, 4), (2, 2, 3)], padding=5
+    ),
+    "only text": TokenLayout.of([("text", 9)]),
+}
+
+by_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+by_direction = pytest.mark.parametrize("direction", gated_chunked.DIRECTIONS)
+by_order = pytest.mark.parametrize("order", ["rows", "columns"])
+by_dtype = pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d).removeprefix("torch.")
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Threads cost more than they bring on tensors this small, above all on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def make_gated_inputs(layout, dtype=torch.float32, strength=0.5, **kwargs):
+    query, key, value = make_inputs(layout, dtype, **kwargs)
+    return [query, key, value, (-torch.rand(key.shape) * strength).to(dtype)]
+
+
+def spec(layout, feature_map="relu", **kwargs):
+    features = reference.FEATURE_MAPS[feature_map] if feature_map else lambda x: x
+    return lambda q, k, v, g: reference.gated_linear_attention(
+        q, k, v, g, layout, query_features=features, key_features=features, **kwargs
+    )
+
+
+def ours(layout, **kwargs):
+    return lambda q, k, v, g: gated_linear_attention(q, k, v, g, layout, **kwargs)
+
+
+@by_layout
+@by_direction
+@by_order
+def test_matches_the_reference(layout, direction, order):
+    options = {"direction": direction, "order": order}
+    assert_as_accurate(ours(layout, **options), spec(layout, **options), make_gated_inputs(layout))
+
+
+@by_dtype
+@pytest.mark.parametrize("name", ["77 text first", "several chunks"])
+def test_dtypes(name, dtype):
+    layout = LAYOUTS[name]
+    assert_as_accurate(ours(layout), spec(layout), make_gated_inputs(layout, dtype))
+
+
+@by_direction
+@pytest.mark.parametrize("chunk", [1, 4, 16, 64])
+def test_slabs_and_chunks_of_any_size(chunk, direction, monkeypatch):
+    monkeypatch.setattr(gated_chunked, "CHUNK", chunk)
+    monkeypatch.setattr(gated_chunked, "SLAB", 2 * chunk)
+    layout = LAYOUTS["several chunks"]
+    options = {"direction": direction}
+    assert_as_accurate(ours(layout, **options), spec(layout, **options), make_gated_inputs(layout, batch=1))
+
+
+@by_direction
+@pytest.mark.parametrize("strength", [1.0, 20.0, 1e4])
+def test_strong_gates(strength, direction):
+    layout = LAYOUTS["several chunks"]
+    inputs = make_gated_inputs(layout, strength=strength)
+    inputs[3][:, :, ::3] *= 1e-3  # weak gates next to strong ones: differences of long sums would lose them
+    options = {"direction": direction, "feature_map": "elu"}
+    assert_as_accurate(ours(layout, **options), spec(layout, **options), inputs)
+    eager = spec(layout, **options)(*inputs)
+    torch.testing.assert_close(ours(layout, **options)(*inputs), eager, atol=1e-5, rtol=0)
+
+
+@by_direction
+def test_gates_of_minus_infinity(direction):
+    layout = LAYOUTS["odd grid"]
+    inputs = make_gated_inputs(layout)
+    inputs[3][:, :, ::4] = float("-inf")
+    output, *gradients = with_gradients(ours(layout, direction=direction), inputs, torch.float32)
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    torch.testing.assert_close(output, spec(layout, direction=direction)(*inputs).double(), atol=1e-5, rtol=1e-5)
+
+
+@by_order
+@pytest.mark.parametrize("name", ["77 text first", "references and padding", "video"])
+def test_without_decay_it_is_linear_attention(name, order):
+    layout = LAYOUTS[name]
+    query, key, value, gate = make_gated_inputs(layout, torch.float64)
+    output = gated_linear_attention(query, key, value, 0 * gate, layout, order=order)
+    torch.testing.assert_close(output, linear_attention(query, key, value, layout))
+
+
+def transposed(x, layout):
+    """The tokens of a picture in the raster order of the transposed picture."""
+    frames, height, width = layout.grids[0].grid
+    return x.unflatten(2, (frames, height, width)).transpose(3, 4).flatten(2, 4)
+
+
+@by_direction
+@pytest.mark.parametrize("name", ["odd grid", "video", "one row of 15"])
+def test_columns_are_the_rows_of_the_transposed_grid(name, direction):
+    layout = LAYOUTS[name]
+    inputs = make_gated_inputs(layout, torch.float64)
+    frames, height, width = layout.grids[0].grid
+    other = TokenLayout.image((frames, width, height))
+    by_rows = gated_linear_attention(*(transposed(x, layout) for x in inputs), other, direction=direction)
+    output = gated_linear_attention(*inputs, layout, direction=direction, order="columns")
+    torch.testing.assert_close(output, transposed(by_rows, other))
+
+
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+@by_direction
+def test_recurrence(direction, impl):
+    """S_t = diag(a_t) S_(t-1) + k_t v_tᵀ, o_t = scale · q_tᵀ S_t, as GLA writes it."""
+    layout = LAYOUTS["odd grid"]
+    inputs = make_gated_inputs(layout, torch.float64)
+
+    def scan(query, key, value, gate):
+        state, outputs = torch.zeros(2, 2, 16, 16, dtype=torch.float64), []
+        for t in range(query.shape[2]):
+            state = gate[:, :, t, :, None].exp() * state + key[:, :, t, :, None] * value[:, :, t, None]
+            outputs.append(16**-0.5 * torch.einsum("bhk,bhkv->bhv", query[:, :, t], state))
+        return torch.stack(outputs, 2)
+
+    expected = torch.zeros_like(inputs[2])
+    if direction != "backward":
+        expected += scan(*inputs)
+    if direction != "forward":
+        expected += scan(*(x.flip(2) for x in inputs)).flip(2)
+    if direction == "bidirectional":
+        query, key, value, _ = inputs
+        expected -= 16**-0.5 * (query * key).sum(-1, keepdim=True) * value
+    output = gated_linear_attention(*inputs, layout, direction=direction, feature_map=None, normalize=False, impl=impl)
+    torch.testing.assert_close(output, expected)
+
+
+@by_order
+@pytest.mark.parametrize("feature_map", [None, "relu"])
+def test_without_denominator(feature_map, order):
+    layout = TokenLayout.of([("image", (1, 6, 5)), ("reference", (2, 2, 3))])
+    options = {"feature_map": feature_map, "normalize": False, "order": order, "direction": "forward", "scale": 0.3}
+    assert_as_accurate(ours(layout, **options), spec(layout, **options), make_gated_inputs(layout))
+
+
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+@pytest.mark.parametrize("feature_map", ["relu", "elu", "softmax"])
+def test_feature_maps(feature_map, impl):
+    layout = LAYOUTS["references and padding"]
+    assert_as_accurate(
+        ours(layout, feature_map=feature_map, impl=impl), spec(layout, feature_map), make_gated_inputs(layout)
+    )
+
+
+def test_learned_feature_map_with_a_gate_per_feature():
+    layout = LAYOUTS["77 text first"]
+    query, key, value, gate = make_gated_inputs(layout)
+    pair = tuple(lambda x: torch.softmax(torch.cat([x, -x], -1), -1) for _ in range(2))
+    with pytest.raises(ValueError, match="one log decay per feature of the key"):
+        gated_linear_attention(query, key, value, gate, layout, feature_map=pair)
+    inputs = query, key, value, torch.cat([gate, gate], -1)
+    output = gated_linear_attention(*inputs, layout, feature_map=pair)
+    expected = gated_linear_attention(*inputs, layout, feature_map=pair, impl="reference")
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["odd grid", "references and padding"])
+@pytest.mark.parametrize("form", ["bool", "float", "pairwise"])
+def test_masks(name, form):
+    layout = LAYOUTS[name]
+    seen = seen_keys(layout)
+    mask = {
+        "bool": seen,
+        "float": torch.randn(2, 1, 1, layout.length).masked_fill(~seen, float("-inf")),
+        "pairwise": seen & seen.transpose(-1, -2),
+    }[form]
+    assert_as_accurate(ours(layout, mask=mask), spec(layout, mask=mask), make_gated_inputs(layout))
+
+
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+@pytest.mark.parametrize("name", ["odd grid", "1 text last"])
+def test_queries_that_see_nothing_give_zero(name, impl):
+    layout = LAYOUTS[name]
+    mask = torch.tensor([True, False])[:, None, None, None].expand(2, 1, 1, layout.length)
+    output, *gradients = with_gradients(ours(layout, mask=mask, impl=impl), make_gated_inputs(layout), torch.float32)
+    assert (output[1] == 0).all()
+    for gradient in gradients:
+        assert gradient.isfinite().all()
+        assert (gradient[1] == 0).all()
+
+
+@pytest.mark.parametrize("gate_heads", [2, 4])
+def test_grouped_queries(gate_heads):
+    layout = LAYOUTS["77 text first"]
+    query, key, value, gate = make_gated_inputs(layout, heads=4, kv_heads=2)
+    wide_key, wide_value, wide_gate = (x.repeat_interleave(2, 1) for x in (key, value, gate))
+    if gate_heads == 4:
+        gate = wide_gate
+    output = gated_linear_attention(query, key, value, gate, layout, enable_gqa=True)
+    expected = gated_linear_attention(query, wide_key, wide_value, wide_gate, layout, impl="reference")
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_gates_at_text_positions_are_ignored():
+    layout = LAYOUTS["77 text first"]
+    query, key, value, gate = make_gated_inputs(layout)
+    other = gate.clone()
+    other[:, :, :77] = -3
+    torch.testing.assert_close(
+        gated_linear_attention(query, key, value, gate, layout),
+        gated_linear_attention(query, key, value, other, layout),
+        atol=0,
+        rtol=0,
+    )
+
+
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+def test_autocast_changes_nothing(impl):
+    layout = LAYOUTS["77 text first"]
+    inputs = make_gated_inputs(layout)
+    expected = gated_linear_attention(*inputs, layout, impl=impl)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = gated_linear_attention(*inputs, layout, impl=impl)
+    torch.testing.assert_close(output, expected, atol=0, rtol=0)
+
+
+def test_a_thousand_tokens_and_more():
+    layout = TokenLayout.image((1, 25, 41))
+    assert gated_chunked.SLAB < layout.length
+    inputs = make_gated_inputs(layout, batch=1, heads=1, dim=4)
+    options = {"direction": "forward", "feature_map": "elu"}
+    output, *gradients = with_gradients(ours(layout, **options), inputs, torch.float32)
+    expected, *expected_gradients = with_gradients(spec(layout, **options), inputs, torch.float64)
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(gradients, expected_gradients, atol=1e-5, rtol=1e-5)
+
+
+@by_direction
+def test_custom_operators(direction):
+    query, key, value, gate = (x.requires_grad_() for x in make_gated_inputs(TokenLayout.image((1, 1, 37)), dim=4))
+    torch.library.opcheck(gated_chunked._gated_scan, (query, key, value[..., :3], gate, direction))
+    output, starts = gated_chunked._gated_scan(query, key, value, gate, direction)
+    arguments = [x.detach() for x in (output, query, key, value, gate, starts)]
+    torch.library.opcheck(gated_chunked._gated_scan_backward, (*arguments, direction))
+
+
+@by_direction
+def test_scan_gradients(direction):
+    inputs = [x.requires_grad_() for x in make_gated_inputs(TokenLayout.image((1, 1, 37)), torch.float64, dim=2)]
+    assert torch.autograd.gradcheck(lambda *x: gated_chunked.gated_scan(*x, direction), inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize(("given", "order"), [("as a layout", "columns"), ("as shapes", "rows")])
+def test_compiles_once_for_all_sizes(given, order):
+    def of_layout(query, key, value, gate, layout):
+        return gated_linear_attention(query, key, value, gate, layout, order=order)
+
+    def of_shapes(query, key, value, gate, grid, text):
+        layout = TokenLayout.joint(text=text.shape[0], grid=(1, *grid.shape))
+        return gated_linear_attention(query, key, value, gate, layout, order=order)
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    function = of_layout if given == "as a layout" else of_shapes
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
+    for height, width, text in ((5, 6, 7), (7, 3, 11), (9, 13, 20)):
+        layout = TokenLayout.joint(text=text, grid=(1, height, width))
+        inputs = [x.requires_grad_() for x in make_gated_inputs(layout)]
+        geometry = (layout,) if given == "as a layout" else (torch.empty(height, width), torch.empty(text))
+        output = compiled(*inputs, *geometry)
+        expected = gated_linear_attention(*inputs, layout, order=order)
+        torch.testing.assert_close(output, expected)
+        gradients = torch.autograd.grad(output.square().sum(), inputs)
+        torch.testing.assert_close(gradients, torch.autograd.grad(expected.square().sum(), inputs))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "match"),
+    [
+        ("odd grid", {"impl": "torch"}, "Unknown impl 'torch': expected one of None, 'chunked', 'reference'"),
+        ("odd grid", {"direction": "alternate"}, "'forward', 'backward', 'bidirectional'"),
+        ("odd grid", {"order": "diagonal"}, "'rows', 'columns'"),
+        ("odd grid", {"feature_map": "gelu"}, "Unknown feature_map 'gelu'"),
+        ("odd grid", {"feature_map": None}, "or normalize=False"),
+        ("77 text first", {"normalize": False}, "no denominator to share with text"),
+        ("odd grid", {"mask": torch.ones(35, 35, dtype=torch.bool).tril()}, "cannot honour a pairwise mask"),
+    ],
+    ids=["impl", "direction", "order", "feature map", "no feature map", "text", "pairwise mask"],
+)
+def test_errors(name, arguments, match):
+    layout = LAYOUTS[name]
+    with pytest.raises(ValueError, match=match):
+        gated_linear_attention(*make_gated_inputs(layout), layout, **arguments)

@@ -1,0 +1,336 @@
+"""linearize, restore, status and set_attn_processor: what they select, what they leave alone, what they refuse."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, FluxPipeline
+from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+
+from diffusers_linattn import ClearProcessor, GLAProcessor, LinearProcessor, linearize, restore, status
+from diffusers_linattn.linearize import layers_of, original_attention
+from diffusers_linattn.processors.base import BaseProcessor
+from diffusers_linattn.tracker import find_tracker
+
+
+def windows(model: Any) -> list[Any]:
+    return [getattr(layer.processor, "window", None) for layer in layers_of(model)]
+
+
+@pytest.mark.parametrize("make", [tiny.flux_pipeline, tiny.pixart_pipeline, tiny.dit_pipeline], ids=lambda f: f.__name__)
+def test_set_attn_processor_of_a_pipeline(make: Any) -> None:
+    pipe = make()
+    pipe.set_attn_processor(ClearProcessor(window=2))
+    assert set(windows(pipe)) == {2}
+    assert len({id(layer.processor) for layer in layers_of(pipe)}) == len(layers_of(pipe))
+    restore(pipe)
+    assert set(windows(pipe)) == {None}
+
+
+@pytest.mark.parametrize("make", [tiny.flux, tiny.pixart, tiny.dit], ids=lambda f: f.__name__)
+def test_set_attn_processor_of_a_model(make: Any) -> None:
+    model = make()
+    model.set_attn_processor(LinearProcessor())
+    assert all(isinstance(layer.processor, LinearProcessor) for layer in layers_of(model))
+    assert find_tracker(model) is not None
+
+
+def test_set_attn_processor_passes_other_processors_on() -> None:
+    model = tiny.flux()
+    linearize(model, ClearProcessor(window=2))
+    converted = dict(model.attn_processors)
+    model.set_attn_processor(FluxAttnProcessor())
+    assert windows(model) == [None] * 4
+    model.set_attn_processor(converted)  # as diffusers itself does after fusing projections
+    assert windows(model) == [2] * 4
+    pixart = tiny.pixart_pipeline()
+    pixart.set_attn_processor(AttnProcessor2_0())
+    with pytest.raises(AttributeError, match="no set_attn_processor of its own"):
+        tiny.dit().set_attn_processor(AttnProcessor2_0())
+
+
+def test_linearize_returns_what_it_got_and_a_template_stays_a_template() -> None:
+    pipe, template = tiny.flux_pipeline(), ClearProcessor(window=2)
+    assert linearize(pipe, template) is pipe
+    assert template.is_template
+    assert restore(pipe) is pipe
+
+
+@pytest.mark.parametrize(
+    ("mapping", "layers", "expected"),
+    [
+        (ClearProcessor(window=2), None, [2, 2, 2, 2]),
+        (ClearProcessor(window=2), "single_*", [None, None, 2, 2]),
+        (ClearProcessor(window=2), 1, [None, 2, None, None]),
+        (ClearProcessor(window=2), [0, -1], [2, None, None, 2]),
+        (ClearProcessor(window=2), ["transformer_blocks.0.*", 3], [2, None, None, 2]),
+        (ClearProcessor(window=2), lambda name: "1" in name, [None, 2, None, 2]),
+        ({"transformer_blocks.*": ClearProcessor(window=2)}, None, [2, 2, None, None]),
+        ({"*": ClearProcessor(window=2), "*blocks.0.*": ClearProcessor(window=3)}, None, [3, 2, 3, 2]),
+        ({"*": ClearProcessor(window=2), "single_*": None}, None, [2, 2, None, None]),
+    ],
+)
+def test_selection(mapping: Any, layers: Any, expected: list[int | None]) -> None:
+    assert windows(linearize(tiny.flux(), mapping, layers=layers)) == expected
+
+
+def test_converting_twice_replaces_and_none_makes_dense() -> None:
+    model = tiny.flux()
+    linearize(model, ClearProcessor(window=2, down_factor=2))
+    linearize(model, ClearProcessor(window=3), layers="transformer_blocks.*")
+    assert windows(model) == [3, 3, 2, 2]
+    linearize(model, {"*": None})
+    assert windows(model) == [None] * 4
+    assert find_tracker(model) is None
+
+
+@pytest.mark.parametrize(
+    ("make", "mapping", "layers", "match"),
+    [
+        (tiny.flux, {"blocks.*": ClearProcessor()}, None, "matches none of the 4 layers"),
+        (tiny.flux, ClearProcessor(), "nothing", "matches none"),
+        (tiny.flux, ClearProcessor(), 4, "out of range"),
+        (tiny.flux, ClearProcessor(), lambda name: False, "selects none"),
+        (tiny.flux, ClearProcessor(), [], "No layer is selected"),
+        (tiny.flux, {"single_*": None, "*": ClearProcessor()}, None, "decides nothing"),
+        (tiny.flux, {"*": FluxAttnProcessor()}, None, "expected a processor such as"),
+        (tiny.flux, FluxAttnProcessor(), None, "expected a processor such as"),
+        (tiny.flux, ClearProcessor, None, "expected a processor such as"),
+        (tiny.flux, LinearProcessor(heads=3), None, "does not divide the 32 channels"),
+        (tiny.vae, ClearProcessor(), None, "AutoencoderKL is not a transformer that diffusers_linattn knows"),
+        (object, ClearProcessor(), None, "Expected a diffusers pipeline or a transformer"),
+    ],
+)
+def test_bad_requests_name_the_problem_and_change_nothing(make: Any, mapping: Any, layers: Any, match: str) -> None:
+    model = make()
+    before = [getattr(module, "processor", None) for module in model.modules()] if hasattr(model, "modules") else []
+    with pytest.raises(ValueError, match=match):
+        linearize(model, mapping, layers=layers)
+    after = [getattr(module, "processor", None) for module in model.modules()] if hasattr(model, "modules") else []
+    assert all(a is b for a, b in zip(before, after, strict=True))
+    assert not getattr(model, "_forward_pre_hooks", None)
+
+
+def test_a_pipeline_without_a_known_transformer_is_refused() -> None:
+    class Unknown(DiffusionPipeline):
+        def __init__(self, vae: AutoencoderKL):
+            super().__init__()
+            self.register_modules(vae=vae)
+
+    with pytest.raises(ValueError, match=r"Unknown \(which holds AutoencoderKL\).*Supported: DiTTransformer2DModel"):
+        linearize(Unknown(tiny.vae()), ClearProcessor())
+
+
+@pytest.mark.parametrize(
+    ("cls", "arguments", "match"),
+    [
+        (ClearProcessor, {"window": 0}, "window must be an integer of at least 1, got 0"),
+        (ClearProcessor, {"window": 2.5}, "window must be an integer"),
+        (ClearProcessor, {"window": True}, "window must be an integer"),
+        (ClearProcessor, {"down_factor": 0}, "down_factor must be"),
+        (ClearProcessor, {"temporal_window": 0}, "temporal_window must be"),
+        (ClearProcessor, {"impl": "cuda"}, "Unknown impl 'cuda': expected one of"),
+        (LinearProcessor, {"feature_map": "cosine"}, "Unknown feature_map 'cosine'.*'hedgehog'"),
+        (LinearProcessor, {"kernel_size": 4}, "kernel_size must be odd"),
+        (LinearProcessor, {"heads": 0}, "heads must be"),
+        (LinearProcessor, {"reset_projections": 1}, "reset_projections must be True or False"),
+        (GLAProcessor, {"direction": "both"}, "Unknown direction 'both'"),
+        (GLAProcessor, {"gate_low_rank": 0}, "gate_low_rank must be"),
+        (GLAProcessor, {"feature_map": "hedgehog"}, "Unknown feature_map"),
+        (GLAProcessor, {"input_conv": 3}, "input_conv must be True or False"),
+    ],
+)
+def test_bad_constructor_arguments(cls: Any, arguments: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        cls(**arguments)
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [
+        ClearProcessor(window=3, down_factor=2, temporal_window=4),
+        LinearProcessor(kernel_size=3, heads=2, feature_map="hedgehog", reset_projections=True),
+        GLAProcessor(direction="alternate", gate_low_rank=4, gate_normalizer=8, input_conv=True),
+    ],
+    ids=lambda processor: type(processor).__name__,
+)
+def test_configurations_round_trip(processor: BaseProcessor) -> None:
+    import json
+
+    config = json.loads(json.dumps(processor.to_config()))
+    again = type(processor).from_config(config)
+    assert repr(again) == repr(processor)
+    assert all(getattr(again, name) == value for name, value in config.items())
+    with pytest.raises(ValueError, match="has no argument 'sigma'"):
+        type(processor).from_config({**config, "sigma": 1})
+
+
+def test_a_template_cannot_be_called() -> None:
+    with pytest.raises(ValueError, match="is a template"):
+        ClearProcessor()(None, torch.zeros(1))
+
+
+def test_tokens_that_do_not_match_the_layout_are_refused() -> None:
+    model, inputs = tiny.flux(), tiny.flux_inputs(6, 9, 7)
+    linearize(model, ClearProcessor(window=2))
+    shuffled = inputs["img_ids"].clone()
+    shuffled[[10, 20]] = shuffled[[20, 10]]
+    with pytest.raises(ValueError, match="not a 6x9 grid in raster order"):
+        model(**{**inputs, "img_ids": shuffled})
+    with pytest.raises(ValueError, match="No token layout: call the transformer"):
+        fresh = linearize(tiny.flux(), ClearProcessor(window=2))
+        fresh.transformer_blocks[0].attn(torch.randn(1, 54, 32), encoder_hidden_states=torch.randn(1, 7, 32))
+    model(**inputs)
+    with pytest.raises(ValueError, match=r"The tokens do not match the layout.*expected 61 query and key tokens"):
+        model.transformer_blocks[0].attn(torch.randn(1, 50, 32), encoder_hidden_states=torch.randn(1, 7, 32))
+    with pytest.raises(ValueError, match="makes square pictures only"):
+        dit = linearize(tiny.dit(), ClearProcessor(window=2))
+        dit(**{**tiny.dit_inputs(), "hidden_states": torch.randn(2, 4, 8, 16)})
+
+
+@pytest.mark.parametrize(
+    "template",
+    [ClearProcessor(window=2, down_factor=2), LinearProcessor(reset_projections=True), GLAProcessor()],
+    ids=lambda processor: type(processor).__name__,
+)
+@pytest.mark.parametrize("make", [tiny.flux, tiny.pixart, tiny.dit], ids=lambda f: f.__name__)
+def test_restore_is_exact_after_training(make: Any, template: BaseProcessor) -> None:
+    model = make()
+    inputs = getattr(tiny, f"{make.__name__}_inputs")()
+    state, expected = copy.deepcopy(model.state_dict()), model(**inputs)[0]
+    linearize(model, template)
+    layers = [layer.attn for layer in layers_of(model)]
+    optimizer = torch.optim.SGD([p for attn in layers for p in attn.parameters()], lr=0.1)
+    for _ in range(2):
+        model(**inputs)[0].square().mean().backward()
+        optimizer.step()
+    linearize(model, LinearProcessor())  # converting again starts from the original
+    restore(model)
+    assert list(model.state_dict()) == list(state)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(model(**inputs)[0], expected)
+    assert not model._forward_pre_hooks
+    assert not model._forward_pre_hooks_with_kwargs
+
+
+def test_original_attention_is_the_teacher_and_gives_the_student_back() -> None:
+    model, inputs = tiny.flux(), tiny.flux_inputs()
+    with torch.no_grad():
+        teacher = model(**inputs)[0]
+    linearize(model, LinearProcessor(reset_projections=True))
+    with torch.no_grad():
+        student = model(**inputs)[0]
+        with original_attention(model):
+            assert torch.equal(model(**inputs)[0], teacher)
+        assert torch.equal(model(**inputs)[0], student)
+
+
+def test_reset_projections_starts_them_afresh_and_keeps_the_rest() -> None:
+    model = tiny.flux()
+    before = copy.deepcopy(model.state_dict())
+    linearize(model, LinearProcessor(reset_projections=True))
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before.get(name, tensor))}
+    assert {name.rsplit(".", 1)[0].split(".", 2)[2] for name in changed} == {
+        "attn.to_q",
+        "attn.to_k",
+        "attn.to_v",
+        "attn.to_out.0",
+    }
+    assert model.transformer_blocks[0].attn.processor.conv.conv.weight.abs().sum() > 0
+
+
+def test_converting_does_not_move_the_random_state() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    linearize(tiny_model := tiny.flux(), GLAProcessor())
+    torch.manual_seed(3)
+    linearize(tiny_model, GLAProcessor())
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_status_says_what_and_how() -> None:
+    model = linearize(tiny.flux(), {"transformer_blocks.*": ClearProcessor(window=4), "single_*.0.*": GLAProcessor()})
+    assert len(status(model).converted) == 3
+    with torch.no_grad():
+        model(**tiny.flux_inputs(12, 16))
+        assert [layer.implementation for layer in status(model).layers] == ["tiled", "tiled", "chunked", "dense"]
+        model(**tiny.flux_inputs(2, 3))
+    assert "dense (the window covers the grid)" in str(status(model))
+    assert "3 of 4 attention layers converted" in str(status(model))
+
+
+def test_gradient_checkpointing_with_two_sizes_in_flight() -> None:
+    calls = [tiny.flux_inputs(6, 9, 7, seed=1), tiny.flux_inputs(4, 4, 3, seed=2)]
+    gradients = []
+    for checkpointing in (False, True):
+        model = linearize(tiny.flux(), ClearProcessor(window=2, down_factor=2)).train()
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        losses = [model(**inputs)[0].square().mean() for inputs in calls]
+        (losses[0] + losses[1]).backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        restore(model)
+        assert "CheckpointWithLayout" not in repr(getattr(model, "_gradient_checkpointing_func", None))
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, checkpointed, atol=1e-7, rtol=1e-5)
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"])
+@torch.no_grad()
+def test_copies_are_independent(copier: Any) -> None:
+    model, inputs = tiny.flux(), tiny.flux_inputs()
+    stock = model(**inputs)[0]
+    linearize(model, ClearProcessor(window=2, down_factor=2))
+    expected = model(**inputs)[0]
+    other = copier(model)
+    model(**tiny.flux_inputs(3, 3))
+    assert torch.equal(other(**inputs)[0], expected)
+    restore(other)
+    assert torch.equal(other(**inputs)[0], stock)
+    assert torch.equal(model(**inputs)[0], expected)
+
+
+@pytest.mark.parametrize("template", [ClearProcessor(window=2), LinearProcessor()], ids=lambda p: type(p).__name__)
+@pytest.mark.parametrize(
+    ("make", "call"),
+    [
+        (tiny.flux_pipeline, {"prompt": "a cat", **tiny.FLUX_CALL}),
+        (tiny.pixart_pipeline, {"prompt": "a cat", "height": 24, "width": 32, "use_resolution_binning": False}),
+        (tiny.dit_pipeline, {"class_labels": [1]}),
+    ],
+    ids=["flux", "pixart", "dit"],
+)
+def test_generate_save_and_reload_a_converted_pipeline(make: Any, call: Any, template: Any, tmp_path: Path) -> None:
+    pipe = make()
+    call = {"num_inference_steps": 2, "output_type": "np", **call}
+
+    def generate(pipe: Any) -> Any:
+        return torch.from_numpy(pipe(**call, generator=torch.Generator().manual_seed(0)).images)
+
+    stock = generate(pipe)
+    pipe.set_attn_processor(template)
+    assert not torch.equal(generate(pipe), stock)
+    pipe.save_pretrained(tmp_path)
+    again = type(pipe).from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    torch.testing.assert_close(generate(again), stock, atol=1e-5, rtol=0)
+    restore(pipe)
+    assert torch.equal(generate(pipe), stock)
+
+
+def test_prompts_of_other_lengths_and_guidance_in_one_pipeline_call() -> None:
+    pipe = tiny.flux_pipeline()
+    call = {**tiny.FLUX_CALL, "prompt": "a cat", "negative_prompt": "dog", "true_cfg_scale": 2.0, "output_type": "np"}
+    expected = pipe(**call, generator=torch.Generator().manual_seed(0)).images
+    pipe.set_attn_processor(ClearProcessor(window=100))
+    images = pipe(**call, generator=torch.Generator().manual_seed(0)).images
+    torch.testing.assert_close(torch.from_numpy(images), torch.from_numpy(expected), atol=1e-5, rtol=0)
+    assert isinstance(pipe, FluxPipeline)
