@@ -1,5 +1,7 @@
 """Time linear and gated linear attention against softmax attention on this machine, as ratios.
 
+On a CPU it counts the seconds of CPU time of one thread, to which other work on the machine hardly matters.
+
 Usage: python benchmarks/linear_attention.py [--output FILE] [--rounds 3] [--device cpu]
 """
 
@@ -9,7 +11,6 @@ import argparse
 import datetime
 import json
 import platform
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -57,17 +58,18 @@ def check(device: str) -> None:
 
 
 def interleaved(functions: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, float]:
-    """Median seconds of each function, all of them called in turn in every round."""
+    """Shortest seconds of each function, all of them called in turn in every round."""
+    clock = time.process_time if device == "cpu" else time.perf_counter
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for i in range(rounds + 1):
         for name, function in functions.items():
-            start = time.perf_counter()
+            start = clock()
             function()
             if device == "cuda":
                 torch.cuda.synchronize()
             if i > 0:  # the first round warms up
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times) for name, times in seconds.items()}
+                seconds[name].append(clock() - start)
+    return {name: min(times) for name, times in seconds.items()}
 
 
 def measure(side: int, training: bool, rounds: int, device: str) -> dict[str, float]:
@@ -87,6 +89,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
+    torch.set_num_threads(1)
     check(args.device)
 
     rows, first = [], {}

@@ -125,7 +125,9 @@ def main() -> None:
     for name, (latents, images) in pictures.items():
         table[name] = closeness(latents, images, original_latents, original_images) | judge.score(images, asked)
     print_table(table)
-    contact_sheet({name: images for name, (_, images) in pictures.items()}, 8).save(arguments.output / "quickstart.png")
+    contact_sheet({name: images for name, (_, images) in pictures.items()}, 8).save(
+        arguments.output / "quickstart.png"
+    )
     (arguments.output / "quickstart.json").write_text(json.dumps(table, indent=2) + "\n")
     print(f"\nPicture: {arguments.output / 'quickstart.png'}   Weights: {arguments.output / 'student'}")
 

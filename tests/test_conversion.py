@@ -57,9 +57,11 @@ class MaskedAttention(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention and args[0].shape[2] == args[1].shape[2] == len(self.mask):
-            kwargs = {**kwargs, "attn_mask": self.mask}
-            self.calls += 1
+        if func is F.scaled_dot_product_attention:
+            named = {**dict(zip(("query", "key", "value"), args, strict=False)), **kwargs}
+            if named["query"].shape[2] == named["key"].shape[2] == len(self.mask):
+                args, kwargs = (), {**named, "attn_mask": self.mask}
+                self.calls += 1
         return func(*args, **kwargs)
 
 

@@ -24,7 +24,9 @@ def windows(model: Any) -> list[Any]:
     return [getattr(layer.processor, "window", None) for layer in layers_of(model)]
 
 
-@pytest.mark.parametrize("make", [tiny.flux_pipeline, tiny.pixart_pipeline, tiny.dit_pipeline], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "make", [tiny.flux_pipeline, tiny.pixart_pipeline, tiny.dit_pipeline], ids=lambda f: f.__name__
+)
 def test_set_attn_processor_of_a_pipeline(make: Any) -> None:
     pipe = make()
     pipe.set_attn_processor(ClearProcessor(window=2))
@@ -184,14 +186,14 @@ def test_tokens_that_do_not_match_the_layout_are_refused() -> None:
     shuffled[[10, 20]] = shuffled[[20, 10]]
     with pytest.raises(ValueError, match="not a 6x9 grid in raster order"):
         model(**{**inputs, "img_ids": shuffled})
+    fresh = linearize(tiny.flux(), ClearProcessor(window=2))
     with pytest.raises(ValueError, match="No token layout: call the transformer"):
-        fresh = linearize(tiny.flux(), ClearProcessor(window=2))
         fresh.transformer_blocks[0].attn(torch.randn(1, 54, 32), encoder_hidden_states=torch.randn(1, 7, 32))
     model(**inputs)
     with pytest.raises(ValueError, match=r"The tokens do not match the layout.*expected 61 query and key tokens"):
         model.transformer_blocks[0].attn(torch.randn(1, 50, 32), encoder_hidden_states=torch.randn(1, 7, 32))
+    dit = linearize(tiny.dit(), ClearProcessor(window=2))
     with pytest.raises(ValueError, match="makes square pictures only"):
-        dit = linearize(tiny.dit(), ClearProcessor(window=2))
         dit(**{**tiny.dit_inputs(), "hidden_states": torch.randn(2, 4, 8, 16)})
 
 
@@ -236,7 +238,9 @@ def test_reset_projections_starts_them_afresh_and_keeps_the_rest() -> None:
     model = tiny.flux()
     before = copy.deepcopy(model.state_dict())
     linearize(model, LinearProcessor(reset_projections=True))
-    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before.get(name, tensor))}
+    changed = {
+        name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before.get(name, tensor))
+    }
     assert {name.rsplit(".", 1)[0].split(".", 2)[2] for name in changed} == {
         "attn.to_q",
         "attn.to_k",
@@ -283,7 +287,9 @@ def test_gradient_checkpointing_with_two_sizes_in_flight() -> None:
         torch.testing.assert_close(plain, checkpointed, atol=1e-7, rtol=1e-5)
 
 
-@pytest.mark.parametrize("copier", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"])
+@pytest.mark.parametrize(
+    "copier", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
 @torch.no_grad()
 def test_copies_are_independent(copier: Any) -> None:
     model, inputs = tiny.flux(), tiny.flux_inputs()

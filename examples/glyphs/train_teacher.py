@@ -4,8 +4,8 @@
 
 Three stages, each resumable (run the same command again): the autoencoder, the latents of every board, and the
 transformer by flow matching in FLUX's convention. The pipeline, with the moving average of the weights, is exported
-every few minutes to `OUTPUT/export`, a folder that `FluxPipeline.from_pretrained` opens. The learning rate falls to zero
-at the end of `--steps`, or of `--minutes` where those are given (then the speed of the machine decides the steps).
+every few minutes to `OUTPUT/export`, a folder that `FluxPipeline.from_pretrained` opens. The learning rate falls to
+zero at the end of `--steps`, or of `--minutes` where given (then the speed of the machine decides the steps).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def build_transformer(latent_channels: int) -> FluxTransformer2DModel:
         axes_dims_rope=(8, 12, 12),
     )
     # diffusers leaves out the adaLN-zero initialisation: every block starts as the identity.
-    modulations = [module for name, module in transformer.named_modules() if name.endswith(("norm1.linear",))]
+    modulations = [block.norm1.linear for block in transformer.transformer_blocks]
     modulations += [block.norm1_context.linear for block in transformer.transformer_blocks]
     modulations += [block.norm.linear for block in transformer.single_transformer_blocks]
     for linear in [*modulations, transformer.norm_out.linear, transformer.proj_out]:
@@ -92,7 +92,7 @@ def save_atomically(value: object, file: Path) -> None:
 
 
 def export(pipeline: FluxPipeline, folder: Path) -> None:
-    """Write the pipeline beside `folder`, weights in half precision, and put it in its place."""
+    """Write the pipeline beside `folder` and put it in its place."""
     partial, old = (folder.with_name(folder.name + ending) for ending in (".partial", ".old"))
     for leftover in (partial, old):
         shutil.rmtree(leftover, ignore_errors=True)

@@ -232,7 +232,10 @@ def _transfer(run: _Run, batch: Batch) -> dict[str, float]:
         args, kwargs, teacher = records.pop(layer.name)
         with run.autocast():
             student = _tensors(layer.attn(*args, **kwargs))
-        loss = sum(_mse(s, t) / t.float().square().mean().clamp_min(1e-12) for s, t in zip(student, teacher))
+        ratios = [
+            _mse(s, t) / t.float().square().mean().clamp_min(1e-12) for s, t in zip(student, teacher, strict=True)
+        ]
+        loss = torch.stack(ratios).sum()
         run.accelerator.backward(loss)
         row[layer.name] = float(loss.detach())
     return {"loss": sum(row.values()) / len(row), **row}

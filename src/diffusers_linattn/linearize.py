@@ -196,7 +196,7 @@ def plan(
     selected = set(range(len(names))) if layers is None else _select(names, layers)
     mapping = processor_or_mapping
     if isinstance(mapping, BaseProcessor):
-        chosen: dict[int, tuple[str, BaseProcessor | None]] = {i: ("*", mapping) for i in selected}
+        chosen: dict[int, tuple[str, BaseProcessor | None]] = dict.fromkeys(selected, ("*", mapping))
     elif isinstance(mapping, Mapping):
         chosen = {}
         for pattern, processor in mapping.items():

@@ -53,13 +53,15 @@ class Samples:
         self.manifest = read_json(self.directory / MANIFEST_NAME)
         if self.manifest.get("format_version") != FORMAT_VERSION:
             raise ValueError(
-                f"{self.directory / MANIFEST_NAME} has format_version {self.manifest.get('format_version')!r}, expected "
-                f"{FORMAT_VERSION}: make the samples again with make_samples."
+                f"{self.directory / MANIFEST_NAME} has format_version {self.manifest.get('format_version')!r}, "
+                f"expected {FORMAT_VERSION}: make the samples again with make_samples."
             )
         for name, digest in self.manifest["shards"].items():
             path = self.directory / name
             if not path.exists() or _sha256(path) != digest:
-                raise ValueError(f"{path} is missing or altered: run make_samples again, it remakes what is not whole.")
+                raise ValueError(
+                    f"{path} is missing or altered: run make_samples again, it remakes what is not whole."
+                )
 
     def __len__(self) -> int:
         return int(self.manifest["settings"]["num_samples"])
@@ -228,7 +230,8 @@ class _Recorder:
     def _run(
         self, indices: list[int], resolution: tuple[int, int]
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor], float]:
-        settings, calls = self.settings, []
+        settings = self.settings
+        calls: list[dict[str, Any]] = []
 
         def record(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if not calls:
@@ -326,7 +329,9 @@ def _check_disk(directory: Path, tensors: dict[str, torch.Tensor], samples_left:
     need = sum(tensor.nbytes for tensor in tensors.values()) * samples_left / samples_here
     free = shutil.disk_usage(directory).free
     if need > free:
-        raise ValueError(f"{directory} needs about {need / 1e9:.1f} GB more, but the disk has {free / 1e9:.1f} GB left.")
+        raise ValueError(
+            f"{directory} needs about {need / 1e9:.1f} GB more, but the disk has {free / 1e9:.1f} GB left."
+        )
 
 
 def _sha256(path: Path) -> str:
@@ -335,4 +340,3 @@ def _sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-

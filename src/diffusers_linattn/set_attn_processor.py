@@ -49,8 +49,8 @@ def install_set_attn_processor() -> None:
             stock(self, processor)
         else:
             raise AttributeError(
-                f"{type(self).__name__} has no set_attn_processor of its own: only the processors of diffusers_linattn "
-                "can be set on it."
+                f"{type(self).__name__} has no set_attn_processor of its own: only the processors of "
+                "diffusers_linattn can be set on it."
             )
 
     AttentionMixin.set_attn_processor = on_attention_mixin  # type: ignore[method-assign]

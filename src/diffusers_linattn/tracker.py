@@ -59,10 +59,7 @@ class LayoutTracker:
         if torch.compiler.is_compiling():
             sizes = [tuple(size.shape[1:]) for size in self._sizes]
             layout = TokenLayout.of(
-                [
-                    (kind, size if len(size) == 3 else size[0])
-                    for kind, size in zip(self._kinds, sizes, strict=True)
-                ]
+                [(kind, size if len(size) == 3 else size[0]) for kind, size in zip(self._kinds, sizes, strict=True)]
             )
         return layout.image_part() if scope == "image" else layout
 
@@ -98,7 +95,7 @@ def _prepare_for_training(model: nn.Module, tracker: LayoutTracker) -> None:
             function: Any = module._gradient_checkpointing_func
             if not isinstance(function, CheckpointWithLayout):
                 module._gradient_checkpointing_func = CheckpointWithLayout(function, tracker)  # type: ignore[assignment]
-        processor = getattr(module, "processor", None)
+        processor: Any = getattr(module, "processor", None)
         if getattr(processor, "tracker", None) is tracker:
             processor.keep_original_weights(module, [n for n, p in module.named_parameters() if p.requires_grad])
 

@@ -46,7 +46,8 @@ def save_linear_attention(pipe_or_model: Any, directory: str | Path) -> Path:
     converted = [(layer, layer.processor) for layer in layers_of(model) if layer.processor is not None]
     if not converted:
         raise ValueError("No attention layer is converted: linearize(pipe, processor) first.")
-    layers, tensors = {}, {}
+    layers: dict[str, Any] = {}
+    tensors: dict[str, torch.Tensor] = {}
     for layer, processor in converted:
         assert processor is not None
         layers[layer.name] = _describe(processor)
@@ -93,8 +94,8 @@ def load_linear_attention(
     unknown = sorted(set(processors) - known)
     if unknown:
         raise ValueError(
-            f"{folder / CONFIG_NAME} converts layers that this {type(model).__name__} does not have: {_list(unknown)}. "
-            "It was made for a model with other depths; load it into the base model it names."
+            f"{folder / CONFIG_NAME} converts layers that this {type(model).__name__} does not have: "
+            f"{_list(unknown)}. It was made for a model with other depths; load it into the base model it names."
         )
     planned = plan(model, processors)
     expected: dict[str, torch.Tensor] = {}
@@ -123,8 +124,8 @@ def _single_transformer(pipe_or_model: Any) -> Any:
     models = transformers_of(pipe_or_model)
     if len(models) > 1:
         raise ValueError(
-            f"{type(pipe_or_model).__name__} has {len(models)} transformers: save and load them one at a time, such as "
-            "save_linear_attention(pipe.transformer, directory)."
+            f"{type(pipe_or_model).__name__} has {len(models)} transformers: save and load them one at a time, such "
+            "as save_linear_attention(pipe.transformer, directory)."
         )
     return models[0]
 
@@ -143,7 +144,9 @@ def _tensors(layer: Layer, processor: BaseProcessor, weights: list[str]) -> dict
     own = dict(layer.attn.named_parameters())
     missing = [name for name in weights if name not in own]
     if missing:
-        raise ValueError(f"{layer.name} has no weight {_list(missing)}: the checkpoint is for another attention class.")
+        raise ValueError(
+            f"{layer.name} has no weight {_list(missing)}: the checkpoint is for another attention class."
+        )
     tensors = {
         f"{layer.name}.processor.{name}": parameter
         for name, parameter in processor.named_parameters()

@@ -16,8 +16,8 @@ from collections.abc import Iterator
 import torch
 
 
-CHUNK = 32  # a power of two
-SLAB = 1024  # tokens worked on at a time, which bounds the memory and keeps the work in the cache
+CHUNK = 64  # a power of two
+SLAB = 512  # tokens worked on at a time, whole chunks: bounds the memory and keeps the work in the cache
 
 DIRECTIONS = ("forward", "backward", "bidirectional")
 
@@ -45,24 +45,23 @@ def _gated_scan(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, gate: torch.Tensor, direction: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The output, and the state at the start of every slab, which the backward pass starts from."""
-    q, k, v, g = (_fold(x, direction) for x in (query, key, value, gate))
-    output, starts = torch.empty_like(v), []
-    state = q.new_zeros(q.shape[0], q.shape[-1], v.shape[-1])
-    for slab in _slabs(q.shape[1]):
+    output, starts = torch.zeros_like(value, memory_format=torch.contiguous_format), []
+    state = query.new_zeros(_num_scans(query, direction), query.shape[-1], value.shape[-1])
+    for slab in _slabs(query.shape[2]):
         starts.append(state.clone())
-        output[:, slab], state = _scan_slab(q[:, slab], k[:, slab], v[:, slab], g[:, slab], state)
-    return _unfold(output, value, direction), torch.stack(starts, 1)
+        q, k, v, g = (_read(x, slab, direction) for x in (query, key, value, gate))
+        slab_output, state = _scan_slab(q, k, v, g, state)
+        _add(output, slab_output, slab, direction)
+    return output, torch.stack(starts, 1)
 
 
 @_gated_scan.register_fake
 def _(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, gate: torch.Tensor, direction: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    scans = query.shape[0] * query.shape[1] * (2 if direction == "bidirectional" else 1)
     slabs = (query.shape[2] + SLAB - 1) // SLAB
-    return torch.empty_like(value, memory_format=torch.contiguous_format), query.new_empty(
-        scans, slabs, query.shape[-1], value.shape[-1]
-    )
+    starts = query.new_empty(_num_scans(query, direction), slabs, query.shape[-1], value.shape[-1])
+    return torch.empty_like(value, memory_format=torch.contiguous_format), starts
 
 
 @torch.library.custom_op("diffusers_linattn::gated_scan_backward", mutates_args=())
@@ -75,19 +74,15 @@ def _gated_scan_backward(
     starts: torch.Tensor,
     direction: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    q, k, v, g, do = (_fold(x, direction) for x in (query, key, value, gate, grad))
-    dq, dk, dv, dg = (torch.empty_like(x) for x in (q, k, v, g))
+    inputs = (query, key, value, gate)
+    dq, dk, dv, dg = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in inputs)
     d_state = torch.zeros_like(starts[:, 0])
-    for index, slab in reversed(list(enumerate(_slabs(q.shape[1])))):
-        dq[:, slab], dk[:, slab], dv[:, slab], dg[:, slab], d_state = _scan_slab_backward(
-            q[:, slab], k[:, slab], v[:, slab], g[:, slab], starts[:, index], do[:, slab], d_state
-        )
-    return (
-        _unfold(dq, query, direction),
-        _unfold(dk, key, direction),
-        _unfold(dv, value, direction),
-        _unfold(dg, gate, direction),
-    )
+    for index, slab in reversed(list(enumerate(_slabs(query.shape[2])))):
+        q, k, v, g, do = (_read(x, slab, direction) for x in (*inputs, grad))
+        *slab_gradients, d_state = _scan_slab_backward(q, k, v, g, starts[:, index], do, d_state)
+        for gradient, slab_gradient in zip((dq, dk, dv, dg), slab_gradients, strict=True):
+            _add(gradient, slab_gradient, slab, direction)
+    return dq, dk, dv, dg
 
 
 @_gated_scan_backward.register_fake
@@ -115,34 +110,39 @@ def _backward(ctx, grad, _grad_starts):  # type: ignore[no-untyped-def]
 _gated_scan.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _fold(x: torch.Tensor, direction: str) -> torch.Tensor:
-    """(B, H, L, …) as (S, whole chunks, …): directions and heads in one dimension, every scan running forward."""
-    x = x.flatten(0, 1)
-    if direction == "backward":
-        x = x.flip(1)
-    elif direction == "bidirectional":
-        x = torch.cat([x, x.flip(1)])
-    # Zeros at the end change nothing: keys of 0, and no query to see them.
-    return torch.nn.functional.pad(x, (0, 0, 0, -x.shape[1] % CHUNK)).contiguous()
-
-
-def _unfold(x: torch.Tensor, like: torch.Tensor, direction: str) -> torch.Tensor:
-    """The inverse of [`_fold`], with both directions added up."""
-    x = x[:, : like.shape[2]]
-    if direction == "backward":
-        x = x.flip(1)
-    elif direction == "bidirectional":
-        forward, backward = x.chunk(2)
-        x = forward + backward.flip(1)
-    return x.reshape(like.shape).contiguous()
+def _num_scans(query: torch.Tensor, direction: str) -> int:
+    return query.shape[0] * query.shape[1] * (2 if direction == "bidirectional" else 1)
 
 
 def _slabs(length: int) -> list[slice]:
     return [slice(start, min(start + SLAB, length)) for start in range(0, length, SLAB)]
 
 
-def _chunks(x: torch.Tensor) -> torch.Tensor:
-    return x.reshape(x.shape[0], -1, CHUNK, x.shape[-1]).contiguous()
+def _mirrored(slab: slice, length: int) -> slice:
+    return slice(length - slab.stop, length - slab.start)
+
+
+def _read(x: torch.Tensor, slab: slice, direction: str) -> torch.Tensor:
+    """A slab of (B, H, L, …) as (S, chunks, C, …): every direction is a scan of its own that runs forward."""
+    x, scans = x.flatten(0, 1), []
+    if direction != "backward":
+        scans.append(x[:, slab])
+    if direction != "forward":
+        scans.append(x[:, _mirrored(slab, x.shape[1])].flip(1))
+    tokens = torch.cat(scans)
+    # Zeros at the end change nothing: keys of 0, and no query to see them.
+    tokens = torch.nn.functional.pad(tokens, (0, 0, 0, -tokens.shape[1] % CHUNK))
+    return tokens.reshape(tokens.shape[0], -1, CHUNK, tokens.shape[-1])
+
+
+def _add(output: torch.Tensor, x: torch.Tensor, slab: slice, direction: str) -> None:
+    """Add (S, chunks, C, …) to the tokens of (B, H, L, …) that [`_read`] takes it from."""
+    scans = x.flatten(1, 2)[:, : slab.stop - slab.start].split(output.shape[0] * output.shape[1])
+    output = output.flatten(0, 1)
+    if direction != "backward":
+        output[:, slab] += scans[0]
+    if direction != "forward":
+        output[:, _mirrored(slab, output.shape[1])] += scans[-1].flip(1)
 
 
 def _halves(gate: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
@@ -173,8 +173,7 @@ def _split(x: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
 def _scan_slab(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, state: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output (S, tokens, V) of one slab that is entered with `state`, and the state behind it."""
-    q, k, v, g = (_chunks(x) for x in (q, k, v, g))
+    """Output (S, n, C, V) of one slab of n chunks that is entered with `state`, and the state behind it."""
     output = torch.zeros_like(v)
     for size, before, after in _halves(g):
         if size == CHUNK:
@@ -184,7 +183,7 @@ def _scan_slab(
         _split(output, size)[1].add_(rows @ keys.transpose(-1, -2) @ _split(v, size)[0])
     states, state = _states(k * after.exp(), v, before[:, :, -1].exp(), state)
     output += q * before.exp() @ states
-    return output.flatten(1, 2), state
+    return output, state
 
 
 def _states(
@@ -209,7 +208,6 @@ def _scan_slab_backward(
     d_state: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of the four inputs of [`_scan_slab`] and of the state that it is entered with."""
-    q, k, v, g, grad = (_chunks(x) for x in (q, k, v, g, grad))
     dq, dk, dv, dg = (torch.zeros_like(x) for x in (q, k, v, g))
     for size, before, after in _halves(g):
         if size == CHUNK:
@@ -240,7 +238,7 @@ def _scan_slab_backward(
     dk.addcmul_(d_keys, key_decay)
     d_decay = (states.mul_(d_states).sum(-1) * decay)[:, :, None]
     dg += _sum_from(d_rows.mul_(rows)) + _sum_before(d_keys.mul_(keys)) + d_decay
-    return dq.flatten(1, 2), dk.flatten(1, 2), dv.flatten(1, 2), dg.flatten(1, 2), d_state
+    return dq, dk, dv, dg, d_state
 
 
 def _sum_from(x: torch.Tensor) -> torch.Tensor:

@@ -141,9 +141,7 @@ class BaseProcessor(nn.Module):
         """Which implementation answers a call over `layout`, in words for `status`."""
         return self.impl or self.impls[0]
 
-    def copy_for_layer(
-        self: Processor, attn: nn.Module, original: Any, *, index: int, scope: str
-    ) -> Processor:
+    def copy_for_layer(self: Processor, attn: nn.Module, original: Any, *, index: int, scope: str) -> Processor:
         """A fresh processor with this configuration for the layer `attn`, whose processor `original` it will hold.
 
         It is not installed yet: that also takes a place in the layer and the model's tracker.
@@ -157,7 +155,7 @@ class BaseProcessor(nn.Module):
         # Seeded by layer, so that converting neither reads nor moves the user's random state.
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.manual_seed(index)
-            processor.build(*attention_size(attn), index)
+            processor.build(*attention_size(attn), index=index)
         if weight.is_meta:
             processor.to_empty(device="meta")
         processor.to(device=weight.device, dtype=weight.dtype)
@@ -205,12 +203,12 @@ class BaseProcessor(nn.Module):
 
 
 @functools.cache
-def _signed_class(cls: type[Processor], stock_call: Callable[..., Any]) -> type[Processor]:
+def _signed_class(cls: Any, stock_call: Callable[..., Any]) -> Any:
     """`cls` with the call signature of a stock processor.
 
     Attention classes of diffusers pass on only those arguments whose names stand in the signature of
-    `processor.__call__`. It has to be a class, shared by all layers with that stock processor: with a signature on each
-    instance, `torch.compile` would compile every block anew.
+    `processor.__call__`. It has to be a class, shared by all layers with that stock processor: with a signature on
+    each instance, `torch.compile` would compile every block anew.
     """
     parameters = list(inspect.signature(stock_call).parameters.values())
     if next(iter(parameters)).name != "self":  # a plain function
