@@ -262,19 +262,39 @@ def test_a_thousand_tokens_and_more():
     torch.testing.assert_close(gradients, expected_gradients, atol=1e-5, rtol=1e-5)
 
 
+def path_of(direction, order):
+    """The last arguments of the operators, for a grid of 4 x 9 tokens."""
+    return (4, 9, direction == "bidirectional", gated_chunked.scan_path(direction, order))
+
+
 @by_direction
-def test_custom_operators(direction):
-    query, key, value, gate = (x.requires_grad_() for x in make_gated_inputs(TokenLayout.image((1, 1, 37)), dim=4))
-    torch.library.opcheck(gated_chunked._gated_scan, (query, key, value[..., :3], gate, direction))
-    output, starts = gated_chunked._gated_scan(query, key, value, gate, direction)
+@pytest.mark.parametrize("order", gated_chunked.ORDERS)
+def test_custom_operators(direction, order):
+    query, key, value, gate = (x.requires_grad_() for x in make_gated_inputs(TokenLayout.image((1, 4, 9)), dim=4))
+    path = path_of(direction, order)
+    torch.library.opcheck(gated_chunked._gated_scan, (query, key, value[..., :3], gate, *path))
+    output, starts = gated_chunked._gated_scan(query, key, value, gate, *path)
     arguments = [x.detach() for x in (output, query, key, value, gate, starts)]
-    torch.library.opcheck(gated_chunked._gated_scan_backward, (*arguments, direction))
+    torch.library.opcheck(gated_chunked._gated_scan_backward, (*arguments, *path))
 
 
 @by_direction
-def test_scan_gradients(direction):
-    inputs = [x.requires_grad_() for x in make_gated_inputs(TokenLayout.image((1, 1, 37)), torch.float64, dim=2)]
-    assert torch.autograd.gradcheck(lambda *x: gated_chunked.gated_scan(*x, direction), inputs, fast_mode=True)
+@pytest.mark.parametrize("order", gated_chunked.ORDERS)
+def test_scan_gradients(direction, order):
+    inputs = [x.requires_grad_() for x in make_gated_inputs(TokenLayout.image((1, 4, 9)), torch.float64, dim=2)]
+    height, width, both, path = path_of(direction, order)
+
+    def scan(*x):
+        return gated_chunked.gated_scan(*x, (1, height, width), both, path)
+
+    assert torch.autograd.gradcheck(scan, inputs, fast_mode=True)
+
+
+@by_direction
+@pytest.mark.parametrize("order", gated_chunked.ORDERS)
+def test_a_path_says_direction_and_order(direction, order):
+    path = gated_chunked.scan_path(direction, order)
+    assert gated_chunked.describe_path(path, direction == "bidirectional") == (direction, order)
 
 
 @pytest.mark.parametrize(("given", "order"), [("as a layout", "columns"), ("as shapes", "rows")])

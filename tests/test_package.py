@@ -1,4 +1,4 @@
-"""The package as a whole: who imports whom, what importing it costs, documented names, examples in docstrings, docs."""
+"""The package as a whole: who imports whom, what importing costs, documented names, docstring examples, docs."""
 
 from __future__ import annotations
 

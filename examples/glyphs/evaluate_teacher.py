@@ -79,7 +79,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--pipeline", type=Path, default=HERE / "pipeline")
     parser.add_argument("--output", type=Path, default=HERE, help="folder of quality.json and teacher.png")
-    parser.add_argument("--per-letter", type=int, default=4)
+    parser.add_argument("--per-letter", type=int, default=8)
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=os.cpu_count())

@@ -73,11 +73,15 @@ class Judge(nn.Module):
         return letters.argmax(-1).view(shape), faces.argmax(-1).view(shape), features.view(*shape, -1)
 
     @cached_property
-    def _reference(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and covariance of the features of real boards, one cell of each (they are all alike)."""
+    def _reference(self) -> torch.Tensor:
+        """The features of real boards, one cell of each (they are all alike)."""
         letters = [letter for letter in range(len(LETTERS)) for _ in range(REFERENCE_BOARDS_PER_LETTER)]
-        features = self.read(real_boards(letters, REFERENCE_SEED, 1, 1))[2]
-        return _moments(features)
+        return self.read(real_boards(letters, REFERENCE_SEED, 1, 1))[2].flatten(0, 1)
+
+    def _frechet(self, features: torch.Tensor) -> float:
+        """Distance to the real boards, in features that have deviation 1 in every channel over the real boards."""
+        deviation = self._reference.std(0)
+        return frechet_distance(_moments(features / deviation), _moments(self._reference / deviation))
 
     def score(self, images: torch.Tensor, letters: list[int] | str | torch.Tensor) -> dict[str, float]:
         """Score images (N, 3, H, W) in [0, 1] against the letters asked for (a string, or indices)."""
@@ -90,7 +94,7 @@ class Judge(nn.Module):
         return {
             "accuracy": (read == asked).float().mean().item(),
             "agreement": _agreement(faces),
-            "frechet": frechet_distance(_moments(features), self._reference),
+            "frechet": self._frechet(features),
         }
 
 
@@ -183,7 +187,8 @@ def main() -> None:
     weights = {name: tensor.half().contiguous() for name, tensor in judge.state_dict().items()}
     save_file(weights, arguments.output, metadata={"format": "pt"})
     letters = list(range(len(LETTERS))) * 4
-    print("real boards:", Judge.load(arguments.output).score(real_boards(letters, 7), letters))
+    trained = Judge.load(arguments.output)
+    print("real boards:", trained.score(real_boards(letters, 7), letters))
 
 
 if __name__ == "__main__":

@@ -2,15 +2,17 @@
 
     python examples/glyphs/train_teacher.py --output teacher
 
-Three stages, each resumable (run the same command again): the autoencoder, the latents of every board, and the
-transformer by flow matching in FLUX's convention. The pipeline, with the moving average of the weights, is exported
-every few minutes to `OUTPUT/export`, a folder that `FluxPipeline.from_pretrained` opens. The learning rate falls to
-zero at the end of `--steps`, or of `--minutes` where given (then the speed of the machine decides the steps).
+Three stages: the autoencoder, the latents of every board, and the transformer by flow matching in FLUX's convention.
+The same command run again keeps the stages that are done and goes on from the last checkpoint of the transformer. The
+pipeline, with the moving average of the weights, is exported every few minutes to `OUTPUT/export`, and at the end in
+half precision to `OUTPUT/pipeline`; `FluxPipeline.from_pretrained` opens both. The learning rate falls to zero at the
+end of `--steps`, or of `--minutes` where given (then the speed of the machine decides the steps).
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import time
@@ -91,16 +93,33 @@ def save_atomically(value: object, file: Path) -> None:
     os.replace(partial, file)
 
 
+def _forget_paths(folder: Path) -> None:
+    """Take the place that the parts were loaded from out of the configs, where diffusers notes it."""
+    for file in folder.rglob("*.json"):
+        config = json.loads(file.read_text())
+        if config.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(config, indent=2) + "\n")
+
+
 def export(pipeline: FluxPipeline, folder: Path) -> None:
     """Write the pipeline beside `folder` and put it in its place."""
     partial, old = (folder.with_name(folder.name + ending) for ending in (".partial", ".old"))
     for leftover in (partial, old):
         shutil.rmtree(leftover, ignore_errors=True)
     pipeline.save_pretrained(partial)
+    _forget_paths(partial)
     if folder.exists():
         os.replace(folder, old)
     os.replace(partial, folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def publish(exported: Path, folder: Path) -> None:
+    """Write an exported pipeline again with its two large parts in half precision, which halves the files."""
+    pipeline = FluxPipeline.from_pretrained(exported)
+    pipeline.transformer.half()
+    pipeline.vae.half()
+    export(pipeline, folder)
 
 
 @dataclass
@@ -278,7 +297,8 @@ def train_transformer(run: Run, data: Data, arguments: argparse.Namespace, pipel
     progress.close()
     run.save(arguments.output / CHECKPOINT)
     export(pipeline, arguments.output / "export")
-    print(f"{run.step} steps in {run.seconds / 60:.1f} minutes, last loss {sum(run.losses[-200:]) / 200:.4f}")
+    recent = sum(run.losses[-200:]) / len(run.losses[-200:])
+    print(f"{run.step} steps in {run.seconds / 60:.1f} minutes, last loss {recent:.4f}")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -310,6 +330,7 @@ def main() -> None:
     data = Data.prepare(pipeline, latents)
     export(pipeline, arguments.output / "export")
     train_transformer(run, data, arguments, pipeline)
+    publish(arguments.output / "export", arguments.output / "pipeline")
 
 
 if __name__ == "__main__":

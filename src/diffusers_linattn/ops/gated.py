@@ -11,13 +11,12 @@ from diffusers_linattn.layout import TokenLayout
 from diffusers_linattn.ops import reference
 from diffusers_linattn.ops.checks import check_attention_inputs, check_choice
 from diffusers_linattn.ops.features import FeatureMapArgument, full_precision, resolve_feature_map
-from diffusers_linattn.ops.gated_chunked import DIRECTIONS, gated_scan
+from diffusers_linattn.ops.gated_chunked import DIRECTIONS, ORDERS, describe_path, gated_scan, scan_path
 from diffusers_linattn.ops.linear import blend_with_text, take, with_text_queries
 from diffusers_linattn.ops.masks import reduce_to_key_mask
 
 
 IMPLEMENTATIONS = (None, "chunked", "reference")
-ORDERS = ("rows", "columns")
 _LOWEST_GATE = -1e4  # exp of it is 0 in every dtype, and sums of it stay finite
 
 
@@ -36,6 +35,7 @@ def gated_linear_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     impl: str | None = None,
+    path: int | None = None,
 ) -> torch.Tensor:
     """Linear attention that forgets along a scan of the grid (GLA, arXiv 2312.06635; DiG, arXiv 2405.18428).
 
@@ -61,6 +61,8 @@ def gated_linear_attention(
         scale: Softmax scale for the text, or the factor of `normalize=False`; `None` is `head_dim ** -0.5`.
         enable_gqa: Whether key and value may have fewer heads than query.
         impl: `"chunked"`, or `"reference"` (quadratic, token by token, for tests); `None` chooses.
+        path: For layers that alternate between paths under `torch.compile`: what `gated_chunked.scan_path` gives, in
+            place of `order` and of the choice between `"forward"` and `"backward"`.
 
     Returns:
         (batch, heads, tokens, value_dim) in the value's dtype, computed in fp32, or fp64 for fp64.
@@ -100,9 +102,12 @@ def gated_linear_attention(
     key_mask = reduce_to_key_mask(mask, query.dtype)
     if not layout.grids:
         return with_text_queries(None, query, key, value, layout, key_mask, scale)
+    both = direction == "bidirectional"
+    path = scan_path(direction, order) if path is None else path
 
     with torch.autocast(query.device.type, enabled=False):
         if impl == "reference":
+            direction, order = describe_path(path, both)
             output = reference.gated_linear_attention(
                 full_precision(query),
                 full_precision(key),
@@ -123,10 +128,10 @@ def gated_linear_attention(
         values = full_precision(value)
         if not normalize:
             scale = query.shape[-1] ** -0.5 if scale is None else scale
-            grid = scale * _sum_over_grids(phi_q, phi_k, values, gate, layout, direction, order)
+            grid = scale * _sum_over_grids(phi_q, phi_k, values, gate, layout, both, path)
         else:
             values = torch.cat([values, torch.ones_like(values[..., :1])], -1)  # a value of 1 adds up the weights
-            sums = _sum_over_grids(phi_q, phi_k, values, gate, layout, direction, order)
+            sums = _sum_over_grids(phi_q, phi_k, values, gate, layout, both, path)
             grid = blend_with_text(query, key, value, layout, sums[..., :-1], sums[..., -1:], key_mask, scale)
     return with_text_queries(grid, query, key, value, layout, key_mask, scale)
 
@@ -137,20 +142,16 @@ def _sum_over_grids(
     value: torch.Tensor,
     gate: torch.Tensor,
     layout: TokenLayout,
-    direction: str,
-    order: str,
+    both: bool,
+    path: int,
 ) -> torch.Tensor:
     """Weights times values for the grid queries, (B, H, G, V): gated inside each grid, ungated across grids."""
     gate = gate.clamp(min=_LOWEST_GATE)
     outputs = []
     for segment in layout.grids:
         q, k, v, g = (take(x, [segment]) for x in (phi_q, phi_k, value, gate))
-        if order == "columns":
-            tokens = reference.scan_order(segment, order, q.device) - segment.start
-            output = gated_scan(q[:, :, tokens], k[:, :, tokens], v[:, :, tokens], g[:, :, tokens], direction)
-            output = output[:, :, tokens.argsort()]
-        else:
-            output = gated_scan(q, k, v, g, direction)
+        assert segment.grid is not None
+        output = gated_scan(q, k, v, g, segment.grid, both, path)
         outputs.append(output + (q * k).sum(-1, keepdim=True) * v)  # the scan leaves out the token itself
     if len(outputs) == 1:
         return outputs[0]

@@ -20,51 +20,101 @@ CHUNK = 64  # a power of two
 SLAB = 512  # tokens worked on at a time, whole chunks: bounds the memory and keeps the work in the cache
 
 DIRECTIONS = ("forward", "backward", "bidirectional")
+ORDERS = ("rows", "columns")
+
+# Traced as a size: 0 and 1 are never symbolic, and a size that another dimension has, too, is taken for that one.
+_FIRST_PATH = 1_000_003
+
+
+def scan_path(direction: str, order: str) -> int:
+    """Order and direction of a scan as one integer, for [`gated_scan`]."""
+    return _FIRST_PATH + 2 * ORDERS.index(order) + (direction == "backward")
+
+
+def describe_path(path: int, both: bool) -> tuple[str, str]:
+    """The inverse of [`scan_path`]: direction and order."""
+    columns, backward = divmod(path - _FIRST_PATH, 2)
+    return "bidirectional" if both else DIRECTIONS[backward], ORDERS[columns]
 
 
 def gated_scan(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, gate: torch.Tensor, direction: str
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    gate: torch.Tensor,
+    grid: tuple[int, int, int],
+    both: bool,
+    path: int,
 ) -> torch.Tensor:
-    """Σ_j (Σ_d q_id k_jd Π a_d) v_j over the keys j ≠ i before ("forward") or after i, a = exp(gate) from j to i.
+    """Σ_j (Σ_d q_id k_jd Π a_d) v_j over the keys j ≠ i before i on the path, or after it, a = exp(gate) from j to i.
 
     Args:
-        query: (B, H, L, K), fp32 or fp64, in scan order, like all of them.
+        query: (B, H, L, K), fp32 or fp64, tokens in raster order, like all of them.
         key: (B, H, L, K).
         value: (B, H, L, V).
         gate: (B, H, L, K), ≤ 0.
-        direction: `"forward"`, `"backward"` or `"bidirectional"` (the sum of both, in one pass).
+        grid: (frames, height, width) with L tokens.
+        both: Add the scan along the path and the one against it, in one pass.
+        path: What [`scan_path`] gives. An integer rather than words, so that it can be a symbolic size and layers with
+            different paths share one compiled block.
 
     Returns:
         (B, H, L, V). Memory is linear in L, with autograd as well.
     """
-    return _gated_scan(query, key, value, gate, direction)[0]
+    return _gated_scan(query, key, value, gate, grid[1], grid[2], both, path)[0]
 
 
-@torch.library.custom_op("diffusers_linattn::gated_scan", mutates_args=())
+_INPUTS = "Tensor query, Tensor key, Tensor value, Tensor gate"
+_PATH = "SymInt height, SymInt width, bool both, SymInt path"
+
+
+@torch.library.custom_op(
+    "diffusers_linattn::gated_scan", mutates_args=(), schema=f"({_INPUTS}, {_PATH}) -> (Tensor, Tensor)"
+)
 def _gated_scan(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, gate: torch.Tensor, direction: str
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    gate: torch.Tensor,
+    height: int,
+    width: int,
+    both: bool,
+    path: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The output, and the state at the start of every slab, which the backward pass starts from."""
+    direction, order = describe_path(path, both)
+    query, key, value, gate = (_to_path(x, order, height, width) for x in (query, key, value, gate))
     output, starts = torch.zeros_like(value, memory_format=torch.contiguous_format), []
-    state = query.new_zeros(_num_scans(query, direction), query.shape[-1], value.shape[-1])
+    state = query.new_zeros(_num_scans(query, both), query.shape[-1], value.shape[-1])
     for slab in _slabs(query.shape[2]):
         starts.append(state.clone())
         q, k, v, g = (_read(x, slab, direction) for x in (query, key, value, gate))
         slab_output, state = _scan_slab(q, k, v, g, state)
         _add(output, slab_output, slab, direction)
-    return output, torch.stack(starts, 1)
+    return _from_path(output, order, height, width), torch.stack(starts, 1)
 
 
 @_gated_scan.register_fake
 def _(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, gate: torch.Tensor, direction: str
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    gate: torch.Tensor,
+    height: int,
+    width: int,
+    both: bool,
+    path: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     slabs = (query.shape[2] + SLAB - 1) // SLAB
-    starts = query.new_empty(_num_scans(query, direction), slabs, query.shape[-1], value.shape[-1])
+    starts = query.new_empty(_num_scans(query, both), slabs, query.shape[-1], value.shape[-1])
     return torch.empty_like(value, memory_format=torch.contiguous_format), starts
 
 
-@torch.library.custom_op("diffusers_linattn::gated_scan_backward", mutates_args=())
+@torch.library.custom_op(
+    "diffusers_linattn::gated_scan_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad, {_INPUTS}, Tensor starts, {_PATH}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
 def _gated_scan_backward(
     grad: torch.Tensor,
     query: torch.Tensor,
@@ -72,17 +122,21 @@ def _gated_scan_backward(
     value: torch.Tensor,
     gate: torch.Tensor,
     starts: torch.Tensor,
-    direction: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    inputs = (query, key, value, gate)
-    dq, dk, dv, dg = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in inputs)
+    height: int,
+    width: int,
+    both: bool,
+    path: int,
+) -> tuple[torch.Tensor, ...]:
+    direction, order = describe_path(path, both)
+    grad, *inputs = (_to_path(x, order, height, width) for x in (grad, query, key, value, gate))
+    gradients = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in inputs]
     d_state = torch.zeros_like(starts[:, 0])
     for index, slab in reversed(list(enumerate(_slabs(query.shape[2])))):
         q, k, v, g, do = (_read(x, slab, direction) for x in (*inputs, grad))
         *slab_gradients, d_state = _scan_slab_backward(q, k, v, g, starts[:, index], do, d_state)
-        for gradient, slab_gradient in zip((dq, dk, dv, dg), slab_gradients, strict=True):
+        for gradient, slab_gradient in zip(gradients, slab_gradients, strict=True):
             _add(gradient, slab_gradient, slab, direction)
-    return dq, dk, dv, dg
+    return tuple(_from_path(gradient, order, height, width) for gradient in gradients)
 
 
 @_gated_scan_backward.register_fake
@@ -92,26 +146,38 @@ def _(
     key: torch.Tensor,
     value: torch.Tensor,
     gate: torch.Tensor,
-    starts: torch.Tensor,
-    direction: str,
+    *_: object,
 ) -> tuple[torch.Tensor, ...]:
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value, gate))
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    query, key, value, gate, ctx.direction = inputs
-    ctx.save_for_backward(query, key, value, gate, output[1])
+    *tensors, height, width, both, path = inputs
+    ctx.settings = (height, width, both, path)
+    ctx.save_for_backward(*tensors, output[1])
 
 
 def _backward(ctx, grad, _grad_starts):  # type: ignore[no-untyped-def]
-    return *_gated_scan_backward(grad, *ctx.saved_tensors, ctx.direction), None
+    return *_gated_scan_backward(grad, *ctx.saved_tensors, *ctx.settings), None, None, None, None
 
 
 _gated_scan.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _num_scans(query: torch.Tensor, direction: str) -> int:
-    return query.shape[0] * query.shape[1] * (2 if direction == "bidirectional" else 1)
+def _to_path(x: torch.Tensor, order: str, height: int, width: int) -> torch.Tensor:
+    """(B, H, L, …) from raster order to the order that the path visits; frames are always the outermost loop."""
+    if order == "rows":
+        return x
+    return x.unflatten(2, (-1, height, width)).transpose(3, 4).flatten(2, 4)
+
+
+def _from_path(x: torch.Tensor, order: str, height: int, width: int) -> torch.Tensor:
+    """The inverse of [`_to_path`]."""
+    return _to_path(x, order, width, height).contiguous()
+
+
+def _num_scans(query: torch.Tensor, both: bool) -> int:
+    return query.shape[0] * query.shape[1] * (2 if both else 1)
 
 
 def _slabs(length: int) -> list[slice]:

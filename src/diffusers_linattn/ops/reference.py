@@ -32,7 +32,8 @@ def window_mask(
     Inside one grid: `(y - y')**2 + (x - x')**2 < window**2`, and `|t - t'| < temporal_window` for video (CLEAR, arXiv
     2412.16112). Across grids, the query's position is scaled to the key's grid and every frame is visible.
     """
-    assert queries.grid is not None and keys.grid is not None
+    assert queries.grid is not None
+    assert keys.grid is not None
     (qf, qh, qw), (kf, kh, kw) = queries.grid, keys.grid
 
     def axis(size: int) -> torch.Tensor:

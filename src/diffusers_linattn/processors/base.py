@@ -67,6 +67,7 @@ class BaseProcessor(nn.Module):
     impls: tuple[str, ...] = ()
     argument_names: tuple[str, ...] = ()
     plain_class: type[Any]
+    stock: Any
     _stock_call: Callable[..., Any]
 
     def __init_subclass__(cls) -> None:
@@ -202,8 +203,7 @@ class BaseProcessor(nn.Module):
                 self.original_weights[name] = parameter.detach().clone()
 
 
-@functools.cache
-def _signed_class(cls: Any, stock_call: Callable[..., Any]) -> Any:
+def _make_signed_class(cls: type[BaseProcessor], stock_call: Callable[..., Any]) -> Any:
     """`cls` with the call signature of a stock processor.
 
     Attention classes of diffusers pass on only those arguments whose names stand in the signature of
@@ -229,6 +229,9 @@ def _signed_class(cls: Any, stock_call: Callable[..., Any]) -> Any:
         "_stock_call": staticmethod(stock_call),
     }
     return type(cls.__name__, (cls,), body)
+
+
+_signed_class: Callable[[Any, Callable[..., Any]], Any] = functools.cache(_make_signed_class)
 
 
 def _new_signed(cls: type[BaseProcessor], stock_call: Callable[..., Any]) -> BaseProcessor:

@@ -9,6 +9,7 @@ from torch import nn
 from diffusers_linattn.layout import TokenLayout
 from diffusers_linattn.ops.checks import check_choice, check_positive_int
 from diffusers_linattn.ops.gated import gated_linear_attention
+from diffusers_linattn.ops.gated_chunked import scan_path
 from diffusers_linattn.processors.base import AttentionCall, BaseProcessor
 
 
@@ -78,15 +79,16 @@ class GLAProcessor(BaseProcessor):
             self.conv = GridConvolution(channels)
         if alternate:
             self.output_gate = OutputGate(channels, heads, head_dim)
-            self.scan = ("forward", "backward")[index % 2], ("rows", "columns")[index // 2 % 2]
+            path = scan_path(("forward", "backward")[index % 2], ("rows", "columns")[index // 2 % 2])
         else:
-            self.scan = "bidirectional", ("rows", "columns")[index % 2]
+            path = scan_path("bidirectional", ("rows", "columns")[index % 2])
+        # As a shape it is symbolic in a compiled block, so that all layers share one; as a number it would be a guard.
+        self._path = torch.empty(0, path)
 
     def prepare(self, hidden_states: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
         return self.conv(hidden_states, layout) if self.input_conv else hidden_states
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
-        direction, order = self.scan
         # Without a denominator there is none to share with the text, so that joint models always have one.
         normalize = self.direction == "bidirectional" or call.layout.num_text > 0
         attended = gated_linear_attention(
@@ -95,8 +97,8 @@ class GLAProcessor(BaseProcessor):
             call.value,
             self.gate(call.hidden_states, call.layout),
             call.layout,
-            direction=direction,
-            order=order,
+            direction="bidirectional" if self.direction == "bidirectional" else "forward",
+            path=self._path.shape[1],
             feature_map=self.feature_map if normalize else None,
             normalize=normalize,
             mask=call.mask,
