@@ -1,0 +1,60 @@
+"""torch.compile of converted models: right at every size, and no more graphs than the stock model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from diffusers_linattn import ClearProcessor, GLAProcessor, LinearProcessor, linearize
+
+
+# (height, width, text): more sizes than torch compiles a block for, two of the same length among them.
+SIZES = [(4, 4, 7), (4, 6, 7), (6, 4, 5), (5, 7, 3), (8, 8, 9), (3, 9, 4), (2, 9, 11), (7, 7, 8), (10, 4, 6), (6, 11, 9)]
+
+
+def graphs(model: torch.nn.Module) -> int:
+    """Compile the blocks, call the model with all sizes, compare with eager, count the graphs."""
+    torch._dynamo.reset()
+    calls = [tiny.flux_inputs(*size) for size in SIZES]
+    with torch.no_grad():
+        expected = [model(**inputs)[0] for inputs in calls]
+        counter = CompileCounterWithBackend("eager")
+        model.compile_repeated_blocks(fullgraph=True, backend=counter)
+        for inputs, output in zip(calls, expected, strict=True):
+            torch.testing.assert_close(model(**inputs)[0], output, atol=1e-5, rtol=0)
+    return counter.frame_count
+
+
+@pytest.fixture(scope="module")
+def stock_graphs() -> int:
+    return graphs(tiny.flux())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "template",
+    [ClearProcessor(window=2), ClearProcessor(window=2, down_factor=2), LinearProcessor(), GLAProcessor()],
+    ids=lambda processor: f"{type(processor).__name__}-{getattr(processor, 'down_factor', 1)}",
+)
+def test_repeated_blocks_over_many_sizes(template: Any, stock_graphs: int) -> None:
+    count = graphs(linearize(tiny.flux(), template))
+    # A size that another one equals by chance, or an alternating path, costs a graph or two, not one per size.
+    assert count <= stock_graphs + 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["pixart", "flux"])
+def test_whole_models_never_see_a_stale_layout(name: str) -> None:
+    torch._dynamo.reset()
+    model = linearize(getattr(tiny, name)(), ClearProcessor(window=2))
+    sizes = [(4, 6), (6, 4), (6, 6), (4, 6)] if name == "flux" else [(8, 12), (12, 8), (12, 12), (8, 12)]
+    calls = [getattr(tiny, f"{name}_inputs")(*size) for size in sizes]
+    with torch.no_grad():
+        expected = [model(**inputs)[0] for inputs in calls]
+        compiled = torch.compile(model, backend="eager")
+        for inputs, output in zip(calls, expected, strict=True):
+            torch.testing.assert_close(compiled(**inputs)[0], output, atol=1e-5, rtol=0)
