@@ -13,7 +13,18 @@ from diffusers_linattn import ClearProcessor, GLAProcessor, LinearProcessor, lin
 
 
 # (height, width, text): more sizes than torch compiles a block for, two of the same length among them.
-SIZES = [(4, 4, 7), (4, 6, 7), (6, 4, 5), (5, 7, 3), (8, 8, 9), (3, 9, 4), (2, 9, 11), (7, 7, 8), (10, 4, 6), (6, 11, 9)]
+SIZES = [
+    (4, 4, 7),
+    (4, 6, 7),
+    (6, 4, 5),
+    (5, 7, 3),
+    (8, 8, 9),
+    (3, 9, 4),
+    (2, 9, 11),
+    (7, 7, 8),
+    (10, 4, 6),
+    (6, 11, 9),
+]
 
 
 def graphs(model: torch.nn.Module) -> int:

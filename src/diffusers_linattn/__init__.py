@@ -1,7 +1,5 @@
 """Linear-cost attention for the diffusion transformers of diffusers: swap, distil, share."""
 
-from importlib.metadata import version
-
 from diffusers_linattn.distill import distill
 from diffusers_linattn.layout import TokenLayout
 from diffusers_linattn.linearize import linearize, original_attention, restore, status
@@ -9,16 +7,16 @@ from diffusers_linattn.ops import gated_linear_attention, linear_attention, loca
 from diffusers_linattn.processors import ClearProcessor, GLAProcessor, LinearProcessor
 from diffusers_linattn.samples import make_samples
 from diffusers_linattn.set_attn_processor import install_set_attn_processor
+from diffusers_linattn.version import __version__
 from diffusers_linattn.weights import load_linear_attention, save_linear_attention
 
-
-__version__ = version("diffusers-linattn")
 
 __all__ = [
     "ClearProcessor",
     "GLAProcessor",
     "LinearProcessor",
     "TokenLayout",
+    "__version__",
     "distill",
     "gated_linear_attention",
     "linear_attention",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,6 +12,7 @@ from safetensors.torch import save_file
 from diffusers_linattn.files import read_json, write_atomically, write_json
 from diffusers_linattn.linearize import Layer, install, layers_of, plan, transformers_of
 from diffusers_linattn.processors import BaseProcessor, ClearProcessor, GLAProcessor, LinearProcessor
+from diffusers_linattn.version import __version__
 
 
 PipelineOrModel = TypeVar("PipelineOrModel")
@@ -54,7 +54,7 @@ def save_linear_attention(pipe_or_model: Any, directory: str | Path) -> Path:
         tensors |= _tensors(layer, processor, sorted(processor.original_weights))
     config = {
         "format_version": FORMAT_VERSION,
-        "library_version": version("diffusers-linattn"),
+        "library_version": __version__,
         "base_model": getattr(pipe_or_model, "name_or_path", None) or model.config.get("_name_or_path") or None,
         "transformer": type(model).__name__,
         "layers": layers,
