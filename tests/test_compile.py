@@ -9,7 +9,7 @@ import tiny
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from diffusers_linattn import ClearProcessor, GLAProcessor, LinearProcessor, linearize
+from diffusers_linattn import ClearProcessor, GLAProcessor, LinearProcessor, linearize, restore
 
 
 # (height, width, text): more sizes than torch compiles a block for, two of the same length among them.
@@ -69,3 +69,17 @@ def test_whole_models_never_see_a_stale_layout(name: str) -> None:
         compiled = torch.compile(model, backend="eager")
         for inputs, output in zip(calls, expected, strict=True):
             torch.testing.assert_close(compiled(**inputs)[0], output, atol=1e-5, rtol=0)
+
+
+def test_restore_is_exact_after_training_a_compiled_model() -> None:
+    torch._dynamo.reset()
+    model, inputs = tiny.flux(), tiny.flux_inputs()
+    with torch.no_grad():
+        expected = model(**inputs)[0]
+    compiled = torch.compile(linearize(model, ClearProcessor(window=2)), backend="eager")
+    compiled(**inputs)[0].sum().backward()
+    with torch.no_grad():
+        model.transformer_blocks[0].attn.to_q.weight.add_(1)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        assert torch.equal(restore(model)(**inputs)[0], expected)

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from diffusers_linattn import ClearProcessor, GLAProcessor, LinearProcessor, linearize, restore
 from diffusers_linattn.linearize import layers_of
+from diffusers_linattn.models import _grids_of_ids
 from diffusers_linattn.tracker import find_tracker
 
 
@@ -263,3 +264,60 @@ def test_grouped_queries_and_padding_masks_reach_the_mechanism() -> None:
             model(**arguments, joint_attention_kwargs={"attention_mask": mask})[0] for arguments in (inputs, changed)
         ]
         torch.testing.assert_close(outputs[0], outputs[1], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_backward_inside_autocast(mechanism: str) -> None:
+    model, inputs = case("flux 6x9, text 7")
+    linearize(model, MECHANISMS[mechanism])
+    with torch.autocast("cpu", torch.bfloat16):
+        model(**inputs)[0].float().square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("grid", [(300, 4), (2, 300), (1, 600), (257, 2), (3, 1)], ids=str)
+def test_position_ids_in_the_dtype_of_the_latents(grid: tuple[int, int], dtype: torch.dtype) -> None:
+    # bf16 rounds whole numbers above 256, and pipelines make the ids in it.
+    ids = torch.cat([tiny.flux_ids(*grid), tiny.flux_ids(5, 7, picture=1)]).to(dtype)
+    assert _grids_of_ids(ids) == [(1, *grid), (1, 5, 7)]
+    if grid[0] * grid[1] > 3:
+        ids[[1, -2]] = ids[[-2, 1]]
+        with pytest.raises(ValueError, match="in raster order"):
+            _grids_of_ids(ids)
+
+
+@torch.no_grad()
+def test_inference_mode_reads_changed_ids_again() -> None:
+    model = linearize(tiny.flux(), ClearProcessor(window=2))
+    with torch.inference_mode():
+        inputs = tiny.flux_inputs(6, 9, 7)
+        model(**inputs)
+        inputs["img_ids"].copy_(tiny.flux_ids(9, 6))
+        changed = model(**inputs)[0]
+    torch.testing.assert_close(changed, model(**{**inputs, "img_ids": tiny.flux_ids(9, 6)})[0], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("hidden", [float("-inf"), -10_000.0], ids=["-inf", "-10000"])
+@pytest.mark.parametrize("mechanism", ["clear", "clear, pooled", "linear relu", "gla"])
+@torch.no_grad()
+def test_hidden_image_tokens_do_not_leak(mechanism: str, hidden: float) -> None:
+    model, inputs = case("flux 6x9, text 7")
+    linearize(model, MECHANISMS[mechanism])
+    for layer in layers_of(model):
+        if isinstance(layer.processor, LinearProcessor):
+            layer.processor.conv.conv.weight.fill_(0.1)
+    # The hidden token's own row may change, so look at the answer of one layer, not at later ones.
+    layer = layers_of(model)[0]
+    answers = []
+    attend = layer.processor.attend  # type: ignore[union-attr]
+    layer.processor.attend = lambda call: answers.append(attend(call)) or answers[-1]  # type: ignore[union-attr]
+    mask = torch.zeros(1, 1, 1, 61)
+    mask[..., 7 + 20] = hidden
+    changed = inputs["hidden_states"].clone()
+    changed[:, 20] += 3
+    for states in (inputs["hidden_states"], changed):
+        arguments = {**inputs, "hidden_states": states}
+        model(**arguments, joint_attention_kwargs={"attention_mask": mask})
+    before, after = (torch.cat([answer[:, :, :27], answer[:, :, 28:]], 2) for answer in answers)
+    torch.testing.assert_close(before, after, atol=1e-6, rtol=0)

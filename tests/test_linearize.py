@@ -47,15 +47,120 @@ def test_set_attn_processor_of_a_model(make: Any) -> None:
 def test_set_attn_processor_passes_other_processors_on() -> None:
     model = tiny.flux()
     linearize(model, ClearProcessor(window=2))
-    converted = dict(model.attn_processors)
+    model.set_attn_processor(dict(model.attn_processors))
+    assert windows(model) == [2] * 4
     model.set_attn_processor(FluxAttnProcessor())
     assert windows(model) == [None] * 4
-    model.set_attn_processor(converted)  # as diffusers itself does after fusing projections
-    assert windows(model) == [2] * 4
     pixart = tiny.pixart_pipeline()
     pixart.set_attn_processor(AttnProcessor2_0())
     with pytest.raises(AttributeError, match="no set_attn_processor of its own"):
         tiny.dit().set_attn_processor(AttnProcessor2_0())
+
+
+def test_dicts_as_diffusers_gives_and_takes_them() -> None:
+    pixart = tiny.pixart()
+    cross = {name: p for name, p in pixart.attn_processors.items() if "attn2" in name}
+    mixed = {name: ClearProcessor(2) if "attn1" in name else p for name, p in pixart.attn_processors.items()}
+    pixart.set_attn_processor(mixed)
+    assert windows(pixart) == [2] * 3
+    assert len(mixed) == 6  # not popped from
+    pixart.set_attn_processor({name: ClearProcessor(3) for name in pixart.attn_processors})
+    assert windows(pixart) == [3] * 3
+    assert {name: p for name, p in pixart.attn_processors.items() if "attn2" in name} == cross
+    pixart.set_attn_processor({name: AttnProcessor2_0() for name in pixart.attn_processors})
+    assert windows(pixart) == [None] * 3
+    pipe = tiny.flux_pipeline()
+    pipe.set_attn_processor({"transformer_blocks.0.attn.processor": ClearProcessor(2)})
+    assert windows(pipe) == [2, None, None, None]
+    with pytest.raises(ValueError, match="has no attention layer 'nowhere'"):
+        pipe.set_attn_processor({"transformer_blocks.0.attn": ClearProcessor(3), "nowhere": FluxAttnProcessor()})
+    assert windows(pipe) == [2, None, None, None]
+
+
+@torch.no_grad()
+def test_installed_processors_set_elsewhere_are_copied() -> None:
+    first, second = tiny.flux(), tiny.flux()
+    linearize(first, ClearProcessor(window=2, down_factor=2))
+    for layer in layers_of(first):
+        layer.processor.pool.spatial_weight.mul_(1.5)
+    expected = {size: first(**tiny.flux_inputs(*size))[0] for size in ((6, 9), (9, 6))}
+    second.set_attn_processor(first.attn_processors)
+    second(**tiny.flux_inputs(6, 9))
+    assert torch.equal(first(**tiny.flux_inputs(9, 6))[0], expected[9, 6])
+    assert torch.equal(second(**tiny.flux_inputs(6, 9))[0], expected[6, 9])
+    kept = first.attn_processors
+    restore(first)
+    first.set_attn_processor(kept)
+    assert torch.equal(first(**tiny.flux_inputs(9, 6))[0], expected[9, 6])
+
+
+def test_replacing_trained_processors_by_stock_ones_restores_the_weights() -> None:
+    model, inputs = tiny.pixart(), tiny.pixart_inputs()
+    state = copy.deepcopy(model.state_dict())
+    linearize(model, ClearProcessor(window=2))
+    model(**inputs)[0].sum().backward()
+    with torch.no_grad():
+        layers_of(model)[0].attn.to_q.weight.add_(1)
+    with pytest.raises(ValueError, match="Fusing the projections of this model replaces"):
+        model.fuse_qkv_projections()
+    model.set_attn_processor(AttnProcessor2_0())
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_original_weights_follow_the_model_to_another_dtype() -> None:
+    model, inputs = tiny.flux(), tiny.flux_inputs()
+    linearize(model, LinearProcessor(reset_projections=True)).to(torch.bfloat16)
+    low = {name: value.bfloat16() if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+    with torch.no_grad(), original_attention(model):
+        teacher = model(**low)[0]
+    assert torch.equal(tiny.flux().to(torch.bfloat16)(**low)[0], teacher)
+
+
+def test_a_lora_loaded_before_training_and_deleted_after() -> None:
+    peft = pytest.importorskip("peft")
+    model, inputs = tiny.flux(), tiny.flux_inputs()
+    expected = model(**inputs)[0]
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False), "style")
+    linearize(model, ClearProcessor(window=2)).requires_grad_(True)
+    model(**inputs)[0].sum().backward()
+    with torch.no_grad():
+        for layer in layers_of(model):
+            layer.attn.to_v.weight.add_(1)
+            layer.attn.to_q.base_layer.weight.add_(1)
+    model.delete_adapters("style")
+    assert torch.equal(restore(model)(**inputs)[0], expected)
+
+
+def test_attributes_that_diffusers_sets_on_processors_move_along() -> None:
+    model = tiny.flux()
+    original = model.transformer_blocks[0].attn.processor
+    original._attention_backend = "before"
+    linearize(model, ClearProcessor(window=2))
+    assert model.transformer_blocks[0].attn.processor._attention_backend == "before"
+    model.transformer_blocks[0].attn.processor._attention_backend = "meanwhile"
+    restore(model)
+    assert original._attention_backend == "meanwhile"
+    original._attention_backend = None
+    model.transformer_blocks[0].attn.processor._parallel_config = object()
+    linearize(model, ClearProcessor(window=2))
+    with pytest.raises(ValueError, match="Context parallelism splits the sequence"):
+        model(**tiny.flux_inputs())
+
+
+@pytest.mark.parametrize("template", [ClearProcessor(2, 2), LinearProcessor(feature_map="hedgehog"), GLAProcessor()])
+@torch.no_grad()
+def test_sequential_offload(template: BaseProcessor) -> None:
+    from accelerate import cpu_offload
+
+    inputs = tiny.flux_inputs()
+    expected = linearize(tiny.flux(), template)(**inputs)[0]
+    model = linearize(tiny.flux(), template)
+    cpu_offload(model, execution_device="cpu")
+    assert torch.equal(model(**inputs)[0], expected)
+    late = tiny.flux()
+    cpu_offload(late, execution_device="cpu")
+    with pytest.raises(ValueError, match="convert it before enable_sequential_cpu_offload"):
+        linearize(late, template)
 
 
 def test_linearize_returns_what_it_got_and_a_template_stays_a_template() -> None:
@@ -103,6 +208,9 @@ def test_converting_twice_replaces_and_none_makes_dense() -> None:
         (tiny.flux, ClearProcessor(), [], "No layer is selected"),
         (tiny.flux, {"single_*": None, "*": ClearProcessor()}, None, "decides nothing"),
         (tiny.flux, {"*": FluxAttnProcessor()}, None, "expected a processor such as"),
+        (tiny.flux, {0: ClearProcessor()}, None, "Expected a layer-name pattern"),
+        (tiny.flux, ClearProcessor(), 1.5, "Expected a layer-name pattern"),
+        (tiny.flux, ClearProcessor(), [1.5], "Expected a layer-name pattern"),
         (tiny.flux, FluxAttnProcessor(), None, "expected a processor such as"),
         (tiny.flux, ClearProcessor, None, "expected a processor such as"),
         (tiny.flux, LinearProcessor(heads=3), None, "does not divide the 32 channels"),

@@ -304,7 +304,7 @@ def train_transformer(run: Run, data: Data, arguments: argparse.Namespace, pipel
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, required=True, help="folder of checkpoints and of the export")
-    parser.add_argument("--steps", type=int, default=10000, help="steps of the transformer")
+    parser.add_argument("--steps", type=int, default=5169, help="steps of the transformer")
     parser.add_argument("--minutes", type=float, help="end by the clock instead, after so many minutes")
     parser.add_argument("--vae-steps", type=int, default=2400)
     parser.add_argument("--batch", type=int, default=32)

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -104,9 +103,8 @@ def distill(
         "seed": seed,
         "layers": {layer.name: layer.processor.to_config() for layer in layers if layer.processor},
     }
-    accelerator = Accelerator(mixed_precision="no", cpu=model.device.type == "cpu")
     with _trainable(model, layers) as parameters:
-        run = _Run(model, layers, parameters, samples, accelerator, settings, output_dir, checkpoint_every)
+        run = _Run(model, layers, parameters, samples, settings, output_dir, checkpoint_every)
         run.stage("transfer", transfer_steps, transfer_learning_rate, lambda batch: _transfer(run, batch))
         run.stage("end_to_end", steps, learning_rate, lambda batch: _end_to_end(run, batch, weights))
     save_linear_attention(pipe, output_dir)
@@ -124,13 +122,12 @@ class _Run:
         layers: Sequence[Layer],
         parameters: dict[str, nn.Parameter],
         samples: Samples,
-        accelerator: Accelerator,
         settings: dict[str, Any],
         output_dir: Path,
         checkpoint_every: int,
     ):
         self.model, self.layers, self.parameters, self.samples = model, layers, parameters, samples
-        self.accelerator, self.settings = accelerator, settings
+        self.settings = settings
         self.path, self.checkpoint_every = output_dir / CHECKPOINT_NAME, checkpoint_every
         self.curves: dict[str, list[dict[str, float]]] = {"transfer": [], "end_to_end": []}
         self.resumed: dict[str, Any] | None = self._read_checkpoint()
@@ -149,7 +146,7 @@ class _Run:
             batch = self._batch(name, step)
             row = losses(batch)
             if name == "end_to_end":
-                self.accelerator.clip_grad_norm_(self.parameters.values(), self.settings["max_grad_norm"])
+                torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.settings["max_grad_norm"])
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
@@ -236,7 +233,7 @@ def _transfer(run: _Run, batch: Batch) -> dict[str, float]:
             _mse(s, t) / t.float().square().mean().clamp_min(1e-12) for s, t in zip(student, teacher, strict=True)
         ]
         loss = torch.stack(ratios).sum()
-        run.accelerator.backward(loss)
+        loss.backward()
         row[layer.name] = float(loss.detach())
     return {"loss": sum(row.values()) / len(row), **row}
 
@@ -256,7 +253,7 @@ def _end_to_end(run: _Run, batch: Batch, weights: LossWeights) -> dict[str, floa
         "attention": torch.stack(attention).mean(),
     }
     loss = torch.stack([getattr(weights, name) * term for name, term in terms.items()]).sum()
-    run.accelerator.backward(loss)
+    loss.backward()
     return {"loss": float(loss.detach())} | {name: float(term.detach()) for name, term in terms.items()}
 
 
@@ -289,14 +286,13 @@ def _trainable(model: nn.Module, layers: Sequence[Layer]) -> Iterator[dict[str, 
     model.requires_grad_(False)
     parameters: dict[str, nn.Parameter] = {}
     for layer in layers:
-        names = [
-            name
-            for name, _ in layer.attn.named_parameters()
-            if name.startswith("processor.") or name.rsplit(".", 1)[0] in PROJECTIONS
-        ]
         assert layer.processor is not None
-        layer.processor.keep_original_weights(layer.attn, names)
-        parameters |= {f"{layer.name}.{name}": layer.attn.get_parameter(name) for name in names}
+        weights = layer.processor.weights_of(layer.attn)
+        trained = {name: weights[name] for name in weights if name.rsplit(".", 1)[0] in PROJECTIONS}
+        layer.processor.keep_original_weights(layer.attn, trained)
+        own = layer.processor.own_parameters()
+        trained |= {f"processor.{name}": parameter for name, parameter in own.items()}
+        parameters |= {f"{layer.name}.{name}": parameter for name, parameter in trained.items()}
     dtypes = {name: parameter.dtype for name, parameter in parameters.items()}
     was_training = model.training
     try:

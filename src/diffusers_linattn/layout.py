@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
+
 
 KINDS = ("text", "image", "reference", "padding")
 _FIELDS = 5  # integers per segment in `TokenLayout.encode`: kind, length, frames, height, width
@@ -72,11 +74,13 @@ class TokenLayout:
                         "grid, text and padding a number of tokens."
                     )
                 grid = (size[0], size[1], size[2])
+                _check_integers(kind, grid)
                 length = grid[0] * grid[1] * grid[2]
             else:
                 if kind == "image":
                     raise ValueError(f"An image segment needs a (frames, height, width) grid, got {size!r}.")
                 grid, length = None, size
+                _check_integers(kind, (size,))
             if length < 0 or (grid is not None and min(grid) < 1):
                 raise ValueError(f"A {kind} segment cannot have the size {size!r}: tokens are counted from 1.")
             segments.append(Segment(kind, start, length, grid))
@@ -179,3 +183,9 @@ class TokenLayout:
             f"{segment.kind} {'x'.join(map(str, segment.grid)) if segment.grid else segment.length}"
             for segment in self.segments
         )
+
+
+def _check_integers(kind: str, sizes: Sequence[object]) -> None:
+    # Sizes are symbolic integers inside a compiled block.
+    if not all(isinstance(size, int | torch.SymInt) and not isinstance(size, bool) for size in sizes):
+        raise ValueError(f"A {kind} segment is measured in whole tokens, got {tuple(sizes)!r}.")

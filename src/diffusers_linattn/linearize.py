@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from diffusers_linattn.models import Family, find_family, unsupported_message
-from diffusers_linattn.processors.base import BaseProcessor
+from diffusers_linattn.processors.base import HOST_ATTRIBUTES, BaseProcessor
 from diffusers_linattn.tracker import find_tracker, install_tracker, remove_tracker
 
 
@@ -127,7 +127,8 @@ def restore(pipe_or_model: PipelineOrModel) -> PipelineOrModel:
     """Give a pipeline or transformer its original attention back, weights included.
 
     Weights of converted layers return to what they were before [`distill`], [`load_linear_attention`] or any training
-    with gradients changed them. Restoring what was not converted does nothing.
+    with gradients changed them. Changes by other means, such as `load_state_dict` on the converted model, stay.
+    Restoring what was not converted does nothing.
 
     Example:
         >>> pipe = restore(pipe)  # doctest: +SKIP
@@ -261,10 +262,15 @@ def restore_layer(layer: Layer) -> None:
     processor = layer.processor
     if processor is None:
         return
+    own = processor.weights_of(layer.attn)
+    changed = [(own[name], weight) for name, weight in processor.original_weights.items()]
     with torch.no_grad():
-        for name, weight in processor.original_weights.items():
-            layer.attn.get_parameter(name).copy_(weight)
-    _set_processor(layer.attn, processor.original)
+        for parameter, weight in changed:
+            parameter.copy_(weight)
+    for name in HOST_ATTRIBUTES:
+        if hasattr(processor.original, name):
+            setattr(processor.original, name, getattr(processor, name))
+    set_processor(layer.attn, processor.original)
 
 
 @contextmanager
@@ -281,13 +287,16 @@ def original_attention(pipe_or_model: Any) -> Iterator[None]:
         for layer, processor in converted:
             if processor is None:
                 continue
+            own = processor.weights_of(layer.attn)
             for name, weight in processor.original_weights.items():
-                parameter = layer.attn.get_parameter(name)
-                if weight.device != parameter.device:
-                    weight = processor.original_weights[name] = weight.to(parameter.device)
-                switched.append((parameter, parameter.data))
-                parameter.data = weight
-            _set_processor(layer.attn, processor.original)
+                if own[name].is_meta:
+                    raise ValueError(
+                        f"{layer.name}: the model is offloaded weight by weight, so that its original weights cannot "
+                        "be switched in. Remove the offloading hooks first (pipe.remove_all_hooks())."
+                    )
+                switched.append((own[name], own[name].data))
+                own[name].data = weight.to(own[name].device)
+            set_processor(layer.attn, processor.original)
         yield
     finally:
         for parameter, data in switched:
@@ -297,7 +306,8 @@ def original_attention(pipe_or_model: Any) -> Iterator[None]:
                 layer.attn.processor = processor
 
 
-def _set_processor(attn: Any, processor: Any) -> None:
+def set_processor(attn: Any, processor: Any) -> None:
+    """Put any processor into an attention module, whether or not the class has a method for it."""
     attn._modules.pop("processor", None)  # a plain object cannot take the place of a registered module
     attn.processor = processor
 
@@ -329,7 +339,7 @@ def _select(names: list[str], layers: Layers) -> set[int]:
             raise ValueError(f"layers= selects none of the {len(names)} layers {_some(names)}.")
         return selected
     selected = set()
-    for item in [layers] if isinstance(layers, str | int) else layers:
+    for item in layers if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers]:
         if isinstance(item, int):
             if not -len(names) <= item < len(names):
                 raise ValueError(f"Layer index {item} is out of range: there are {len(names)} attention layers.")
@@ -340,6 +350,8 @@ def _select(names: list[str], layers: Layers) -> set[int]:
 
 
 def _match(names: list[str], pattern: str) -> list[int]:
+    if not isinstance(pattern, str):
+        raise ValueError(f"Expected a layer-name pattern such as 'transformer_blocks.*', got {pattern!r}.")
     matched = [i for i, name in enumerate(names) if fnmatchcase(name, pattern)]
     if not matched:
         raise ValueError(f"The pattern {pattern!r} matches none of the {len(names)} layers {_some(names)}.")

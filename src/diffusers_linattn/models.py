@@ -29,7 +29,9 @@ class ForwardArguments(dict[str, Any]):
         Reading the values of a tensor waits for the device; pipelines pass the same object at every step.
         """
         tensor = self[name]
-        version = 0 if tensor.is_inference() else tensor._version
+        if tensor.is_inference():  # these do not count their changes
+            return read(tensor)
+        version = tensor._version
         kept, kept_version, result = self._memo.get(name, (None, 0, None))
         if kept is not tensor or kept_version != version:
             result = read(tensor)
@@ -94,14 +96,18 @@ def _pixart_layout(model: Any, arguments: ForwardArguments) -> TokenLayout:
 @torch.compiler.disable
 def _grids_of_ids(ids: torch.Tensor) -> list[tuple[int, int, int]]:
     """The grids in FLUX position ids, (tokens, 3) rows of (picture, y, x): one for each run of equal pictures."""
-    ids = (ids[0] if ids.ndim == 3 else ids).cpu().long()
+    ids = (ids[0] if ids.ndim == 3 else ids).cpu()
     starts = [0, *((ids[1:, 0] != ids[:-1, 0]).nonzero()[:, 0] + 1).tolist()]
     grids = []
     for start, stop in zip(starts, [*starts[1:], len(ids)], strict=True):
         positions = ids[start:stop, 1:]
-        height, width = (positions[-1] - positions[0] + 1).tolist()
-        raster = torch.cartesian_prod(torch.arange(max(height, 1)), torch.arange(max(width, 1))).reshape(-1, 2)
-        if not torch.equal(positions - positions[0], raster):
+        # Pipelines make the ids in the dtype of the latents, where whole numbers above 256 may be rounded: a row ends
+        # where y changes or x falls, and the comparison is made in that dtype.
+        ends = (positions[1:, 0] != positions[:-1, 0]) | (positions[1:, 1] < positions[:-1, 1])
+        width = int(ends.nonzero()[0]) + 1 if ends.any() else len(positions)
+        height = len(positions) // width
+        raster = torch.cartesian_prod(torch.arange(height), torch.arange(width)).reshape(-1, 2)
+        if not torch.equal(positions, (raster + positions[0].double()).to(positions.dtype)):
             raise ValueError(
                 f"img_ids[{start}:{stop}] holds {stop - start} tokens that are not a {height}x{width} grid in raster "
                 "order. Make img_ids as FluxPipeline._prepare_latent_image_ids does."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 import shutil
 from collections.abc import Iterable, Sequence
@@ -155,6 +156,10 @@ def make_samples(
         "seed": seed,
         "call_arguments": call_arguments or {},
     }
+    try:
+        settings = json.loads(json.dumps(settings))  # as it will be read back: tuples are lists there
+    except TypeError as error:
+        raise ValueError(f"call_arguments must be JSON-able, to tell whether a run can go on: {error}.") from error
     directory = Path(directory)
     settings_path = directory / "settings.json"
     if settings_path.exists() and read_json(settings_path) != settings:

@@ -9,17 +9,47 @@ from typing import Any
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.models.attention import AttentionMixin
 
-from diffusers_linattn.linearize import linearize
+from diffusers_linattn.linearize import (
+    install,
+    layers_of,
+    linearize,
+    plan,
+    restore,
+    restore_layer,
+    set_processor,
+    transformers_of,
+)
+from diffusers_linattn.models import find_family
 from diffusers_linattn.processors.base import BaseProcessor
 
 
-def pipeline_set_attn_processor(self: Any, processor: Any) -> None:
+def install_set_attn_processor() -> None:
+    """Add the method to pipelines and models, and teach the models that have it our processors. Runs once."""
+    if "set_attn_processor" in vars(DiffusionPipeline):
+        return
+    stock = AttentionMixin.set_attn_processor
+
+    @functools.wraps(stock)
+    def on_model(self: Any, processor: Any) -> None:
+        _set_on_model(self, processor, stock if isinstance(self, AttentionMixin) else None)
+
+    DiffusionPipeline.set_attn_processor = _set_on_pipeline  # type: ignore[attr-defined]
+    AttentionMixin.set_attn_processor = on_model  # type: ignore[method-assign]
+    # ModelMixin stands before AttentionMixin among the bases of a model; some models have it alone.
+    ModelMixin.set_attn_processor = on_model  # type: ignore[attr-defined]
+
+
+def _set_on_pipeline(self: Any, processor: Any) -> None:
     """Set the attention processor of a pipeline's transformer; see [`linearize`] for the processors of this library.
 
     Any other processor goes to the model's own `set_attn_processor`.
     """
-    if _is_template(processor):
-        linearize(self, processor)
+    if _holds_ours(processor):
+        models: list[Any] = list(transformers_of(self))
+        if len(models) == 1:
+            models[0].set_attn_processor(processor)
+        else:
+            linearize(self, processor)
         return
     model = getattr(self, "transformer", None) or getattr(self, "unet", None)
     if model is None:
@@ -27,46 +57,77 @@ def pipeline_set_attn_processor(self: Any, processor: Any) -> None:
     model.set_attn_processor(processor)
 
 
-def install_set_attn_processor() -> None:
-    """Add the method to pipelines and models, and teach the models that have it our processors. Runs once."""
-    if "set_attn_processor" in vars(DiffusionPipeline):
+def _set_on_model(model: Any, processor: Any, stock: Any) -> None:
+    if _holds_ours(processor):
+        if isinstance(processor, Mapping):
+            _set_mapping(model, processor)
+        else:
+            linearize(model, processor)
         return
-    DiffusionPipeline.set_attn_processor = pipeline_set_attn_processor  # type: ignore[attr-defined]
-    stock = AttentionMixin.set_attn_processor
-
-    @functools.wraps(stock)
-    def on_attention_mixin(self: Any, processor: Any) -> None:
-        if _is_template(processor):
-            linearize(self, _by_layer(processor))
-        else:
-            stock(self, processor)
-
-    def on_model(self: Any, processor: Any) -> None:
-        """Set our processors on a model; others go to its own `set_attn_processor` where it has one."""
-        if _is_template(processor):
-            linearize(self, _by_layer(processor))
-        elif isinstance(self, AttentionMixin):
-            stock(self, processor)
-        else:
-            raise AttributeError(
-                f"{type(self).__name__} has no set_attn_processor of its own: only the processors of "
-                "diffusers_linattn can be set on it."
+    if stock is None:
+        raise AttributeError(
+            f"{type(model).__name__} has no set_attn_processor of its own: only the processors of diffusers_linattn "
+            "can be set on it."
+        )
+    if find_family(model) is not None and any(layer.processor for layer in layers_of(model)):
+        if type(processor).__name__.startswith("Fused"):
+            _drop_fused_projections(model)
+            raise ValueError(
+                "Fusing the projections of this model replaces its attention processors, the converted ones too: "
+                "restore(model) first, fuse, then convert again."
             )
-
-    AttentionMixin.set_attn_processor = on_attention_mixin  # type: ignore[method-assign]
-    # ModelMixin stands before AttentionMixin among the bases of a model, so this one serves both kinds.
-    ModelMixin.set_attn_processor = on_model  # type: ignore[attr-defined]
+        restore(model)  # the weights of the layers as well, which the stock processors belong to
+    stock(model, processor)
 
 
-def _is_template(processor: Any) -> bool:
-    # A processor that already belongs to a layer comes from `attn_processors` and goes back as diffusers would put it.
+def _set_mapping(model: Any, mapping: Mapping[str, Any]) -> None:
+    """A dict as diffusers knows it, "<layer>.processor" to processor, or patterns as [`linearize`] takes them."""
+    layers = {layer.name: layer for layer in layers_of(model)}
+    ours: dict[str, BaseProcessor | None] = {}
+    others: dict[str, Any] = {}
+    for name, processor in mapping.items():
+        place = name.removesuffix(".processor")
+        if processor is not None and not isinstance(processor, BaseProcessor):
+            others[place] = processor
+        elif place in layers:
+            if processor is None or layers[place].processor is not processor:
+                ours[place] = processor
+        elif not (name.endswith(".processor") and _is_attention(model, place)):
+            ours[place] = processor  # else cross-attention, which no mechanism replaces
+    strangers = [place for place in others if not _is_attention(model, place)]
+    if strangers:
+        raise ValueError(f"{type(model).__name__} has no attention layer {strangers[0]!r}.")
+    planned = plan(model, ours) if ours else []
+    for place, processor in others.items():
+        attn: Any = model.get_submodule(place)
+        if attn.processor is not processor:
+            if place in layers:
+                restore_layer(layers[place])
+            set_processor(attn, processor)
+    install(planned)
+    for layer, built in planned:
+        given = ours.get(layer.name)
+        if built is not None and given is not None and not given.is_template:
+            built.load_state_dict(given.state_dict())
+
+
+def _drop_fused_projections(model: Any) -> None:
+    # diffusers fuses first and sets the processors last: a refusal has to take the fused weights away again.
+    for module in model.modules():
+        if getattr(module, "fused_projections", False):
+            for name in ("to_qkv", "to_kv", "to_added_qkv"):
+                module._modules.pop(name, None)
+            module.fused_projections = False
+
+
+def _is_attention(model: Any, name: str) -> bool:
+    try:
+        return hasattr(model.get_submodule(name), "processor")
+    except AttributeError:
+        return False
+
+
+def _holds_ours(processor: Any) -> bool:
     if isinstance(processor, Mapping):
-        return any(_is_template(part) for part in processor.values())
-    return isinstance(processor, BaseProcessor) and processor.is_template
-
-
-def _by_layer(processor: Any) -> Any:
-    if not isinstance(processor, Mapping):
-        return processor
-    # diffusers names processors "<layer>.processor" in its dicts.
-    return {name.removesuffix(".processor"): part for name, part in processor.items()}
+        return any(isinstance(part, BaseProcessor) for part in processor.values())
+    return isinstance(processor, BaseProcessor)

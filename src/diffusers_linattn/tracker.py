@@ -30,7 +30,7 @@ class LayoutTracker:
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
         self.set(self.family.layout(model, ForwardArguments(arguments, self._memo)))
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if torch.is_grad_enabled():
             _prepare_for_training(model, self)
 
     def set(self, layout: TokenLayout | None) -> None:
@@ -88,6 +88,7 @@ class CheckpointWithLayout:
         return self.checkpoint(run, *args, **kwargs)
 
 
+@torch.compiler.disable
 def _prepare_for_training(model: nn.Module, tracker: LayoutTracker) -> None:
     """What a forward pass with gradients needs: layouts carried through checkpoints, weights kept for `restore`."""
     for module in model.modules():
@@ -97,7 +98,8 @@ def _prepare_for_training(model: nn.Module, tracker: LayoutTracker) -> None:
                 module._gradient_checkpointing_func = CheckpointWithLayout(function, tracker)  # type: ignore[assignment]
         processor: Any = getattr(module, "processor", None)
         if getattr(processor, "tracker", None) is tracker:
-            processor.keep_original_weights(module, [n for n, p in module.named_parameters() if p.requires_grad])
+            trained = [name for name, p in processor.weights_of(module).items() if p.requires_grad]
+            processor.keep_original_weights(module, trained)
 
 
 def install_tracker(model: nn.Module, family: Family) -> LayoutTracker:

@@ -50,8 +50,10 @@ def save_linear_attention(pipe_or_model: Any, directory: str | Path) -> Path:
     tensors: dict[str, torch.Tensor] = {}
     for layer, processor in converted:
         assert processor is not None
-        layers[layer.name] = _describe(processor)
-        tensors |= _tensors(layer, processor, sorted(processor.original_weights))
+        own, kept = processor.weights_of(layer.attn), processor.original_weights
+        changed = sorted(name for name in kept if not torch.equal(own[name], kept[name].to(own[name])))
+        layers[layer.name] = _describe(processor, changed)
+        tensors |= _tensors(layer, processor, changed)
     config = {
         "format_version": FORMAT_VERSION,
         "library_version": __version__,
@@ -130,28 +132,25 @@ def _single_transformer(pipe_or_model: Any) -> Any:
     return models[0]
 
 
-def _describe(processor: BaseProcessor) -> dict[str, Any]:
+def _describe(processor: BaseProcessor, weights: list[str]) -> dict[str, Any]:
     kind = next((name for name, cls in PROCESSORS.items() if processor.plain_class is cls), None)
     if kind is None:
         raise ValueError(f"{type(processor).__name__} cannot be saved: only {', '.join(PROCESSORS)} have a format.")
     arguments = processor.to_config()
     del arguments["impl"]  # a matter of the machine, not of the weights
-    return {"processor": kind, "arguments": arguments, "weights": sorted(processor.original_weights)}
+    return {"processor": kind, "arguments": arguments, "weights": weights}
 
 
 def _tensors(layer: Layer, processor: BaseProcessor, weights: list[str]) -> dict[str, torch.Tensor]:
     """A layer's tensors under their names in the file: `<layer>.processor.<parameter>` and `<layer>.<weight>`."""
-    own = dict(layer.attn.named_parameters())
+    own = processor.weights_of(layer.attn)
     missing = [name for name in weights if name not in own]
     if missing:
         raise ValueError(
             f"{layer.name} has no weight {_list(missing)}: the checkpoint is for another attention class."
         )
-    tensors = {
-        f"{layer.name}.processor.{name}": parameter
-        for name, parameter in processor.named_parameters()
-        if not name.startswith("original.")
-    }
+    tensors: dict[str, torch.Tensor] = {}
+    tensors |= {f"{layer.name}.processor.{name}": tensor for name, tensor in processor.own_parameters().items()}
     return tensors | {f"{layer.name}.{name}": own[name] for name in weights}
 
 

@@ -127,16 +127,17 @@ def _gated_scan_backward(
     both: bool,
     path: int,
 ) -> tuple[torch.Tensor, ...]:
-    direction, order = describe_path(path, both)
-    grad, *inputs = (_to_path(x, order, height, width) for x in (grad, query, key, value, gate))
-    gradients = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in inputs]
-    d_state = torch.zeros_like(starts[:, 0])
-    for index, slab in reversed(list(enumerate(_slabs(query.shape[2])))):
-        q, k, v, g, do = (_read(x, slab, direction) for x in (*inputs, grad))
-        *slab_gradients, d_state = _scan_slab_backward(q, k, v, g, starts[:, index], do, d_state)
-        for gradient, slab_gradient in zip(gradients, slab_gradients, strict=True):
-            _add(gradient, slab_gradient, slab, direction)
-    return tuple(_from_path(gradient, order, height, width) for gradient in gradients)
+    with torch.autocast(query.device.type, enabled=False):  # a backward pass may run inside the user's autocast
+        direction, order = describe_path(path, both)
+        grad, *inputs = (_to_path(x, order, height, width) for x in (grad, query, key, value, gate))
+        gradients = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in inputs]
+        d_state = torch.zeros_like(starts[:, 0])
+        for index, slab in reversed(list(enumerate(_slabs(query.shape[2])))):
+            q, k, v, g, do = (_read(x, slab, direction) for x in (*inputs, grad))
+            *slab_gradients, d_state = _scan_slab_backward(q, k, v, g, starts[:, index], do, d_state)
+            for gradient, slab_gradient in zip(gradients, slab_gradients, strict=True):
+                _add(gradient, slab_gradient, slab, direction)
+        return tuple(_from_path(gradient, order, height, width) for gradient in gradients)
 
 
 @_gated_scan_backward.register_fake

@@ -172,24 +172,10 @@ def local_attention_tiled_backward(
     scale: float,
 ) -> tuple[torch.Tensor, ...]:
     """The gradients of query, key, value, pooled_key and pooled_value, the attention weights recomputed."""
-    segments = TokenLayout.decode(layout)
-    dtype = torch.promote_types(query.dtype, torch.float32)  # for the sums over many tiles
-    grads = [_empty_like(x, x.shape[3], dtype).zero_() for x in (query, key, value)]
-    for segment in segments.text:
-        _add_text_grads(grads, segment, query, key, value, mask, out, grad, scale)
-    tiles = _Tiles(segments, window, temporal_window, mask, key, pooled_key.shape[2], backward=True)
-    keys, values = tiles.buffer(key, pooled_key, dtype), tiles.buffer(value, pooled_value, dtype)
-    heads = [x.new_zeros(*x.shape[:2], tiles.head, x.shape[3], dtype=dtype) for x in (key, value)]
-    for part, bias in tiles.parts(len(query), dtype, query.device):
-        q, o, g = (_tokens(part.queries.of(x, part.count)).to(dtype) for x in (query, out, grad))
-        k, v = tiles.gather(keys, key, part), tiles.gather(values, value, part)
-        dq, dk, dv = _attention_grads(q, k, v, bias, o, g, scale)
-        target = part.queries.of(grads[0], part.count)
-        target.copy_(dq.reshape(target.shape))
-        tiles.scatter(dk, grads[1], heads[0], part)
-        tiles.scatter(dv, grads[2], heads[1], part)
-    pooled = [tiles.scatter_head(head, x) for head, x in zip(heads, grads[1:], strict=True)]
-    return tuple(x.to(query.dtype) for x in (*grads, *pooled))
+    with torch.autocast(query.device.type, enabled=False):  # a backward pass may run inside the user's autocast
+        return _tiled_grads(
+            grad, out, query, key, value, pooled_key, pooled_value, mask, layout, window, temporal_window, scale
+        )
 
 
 @local_attention_tiled_backward.register_fake
@@ -218,6 +204,40 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
 
 
 local_attention_tiled.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _tiled_grads(
+    grad: torch.Tensor,
+    out: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pooled_key: torch.Tensor,
+    pooled_value: torch.Tensor,
+    mask: torch.Tensor | None,
+    layout: Sequence[int],
+    window: int,
+    temporal_window: int | None,
+    scale: float,
+) -> tuple[torch.Tensor, ...]:
+    segments = TokenLayout.decode(layout)
+    dtype = torch.promote_types(query.dtype, torch.float32)  # for the sums over many tiles
+    grads = [_empty_like(x, x.shape[3], dtype).zero_() for x in (query, key, value)]
+    for segment in segments.text:
+        _add_text_grads(grads, segment, query, key, value, mask, out, grad, scale)
+    tiles = _Tiles(segments, window, temporal_window, mask, key, pooled_key.shape[2], backward=True)
+    keys, values = tiles.buffer(key, pooled_key, dtype), tiles.buffer(value, pooled_value, dtype)
+    heads = [x.new_zeros(*x.shape[:2], tiles.head, x.shape[3], dtype=dtype) for x in (key, value)]
+    for part, bias in tiles.parts(len(query), dtype, query.device):
+        q, o, g = (_tokens(part.queries.of(x, part.count)).to(dtype) for x in (query, out, grad))
+        k, v = tiles.gather(keys, key, part), tiles.gather(values, value, part)
+        dq, dk, dv = _attention_grads(q, k, v, bias, o, g, scale)
+        target = part.queries.of(grads[0], part.count)
+        target.copy_(dq.reshape(target.shape))
+        tiles.scatter(dk, grads[1], heads[0], part)
+        tiles.scatter(dv, grads[2], heads[1], part)
+    pooled = [tiles.scatter_head(head, x) for head, x in zip(heads, grads[1:], strict=True)]
+    return tuple(x.to(query.dtype) for x in (*grads, *pooled))
 
 
 def masked_sdpa(

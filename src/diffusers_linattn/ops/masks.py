@@ -83,3 +83,13 @@ def _common_row(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     elif not uniform:
         raise ValueError(message)
     return row, visible
+
+
+def key_visibility(mask: torch.Tensor) -> torch.Tensor:
+    """How far any query sees each key, in [0, 1]: (batch | 1, heads | 1, tokens, 1), fp32.
+
+    What is added to the output or pooled besides attention is multiplied by this, so that hidden tokens do not leak.
+    """
+    while mask.ndim < 4:
+        mask = mask[None]
+    return mask_bias(mask, torch.float32).exp().amax(-2).clamp(max=1).unsqueeze(-1)

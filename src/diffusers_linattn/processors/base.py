@@ -20,6 +20,9 @@ from diffusers_linattn.ops.checks import check_choice
 from diffusers_linattn.tracker import LayoutTracker
 
 
+# Set by diffusers on every processor (`set_attention_backend`, `enable_parallelism`): they move with the place.
+HOST_ATTRIBUTES = ("_attention_backend", "_parallel_config")
+
 Processor = TypeVar("Processor", bound="BaseProcessor")
 
 
@@ -58,7 +61,7 @@ class BaseProcessor(nn.Module):
     A processor made by a user is a *template*: [`linearize`] gives each layer its own copy.
     """
 
-    # Read and set by diffusers on every processor (`set_attention_backend`, `enable_parallelism`).
+    # HOST_ATTRIBUTES, which diffusers looks for on every processor.
     _attention_backend = None
     _parallel_config = None
 
@@ -124,7 +127,7 @@ class BaseProcessor(nn.Module):
         return self.tracker is None
 
     def build(self, heads: int, head_dim: int, channels: int, index: int) -> None:
-        """Create the weights for a layer of that size; `index` counts the converted layers of the model.
+        """Create the weights for a layer of that size; `index` is its place among those that can be converted.
 
         Weights go into leaf modules that are called, never into a bare parameter of the processor: offloading would
         leave such a parameter on the wrong device.
@@ -158,12 +161,20 @@ class BaseProcessor(nn.Module):
             torch.manual_seed(index)
             processor.build(*attention_size(attn), index=index)
         if weight.is_meta:
+            if any(hasattr(module, "_hf_hook") for module in attn.modules()):
+                raise ValueError(
+                    "the model is offloaded weight by weight, and weights that are added now would not be: convert it "
+                    "before enable_sequential_cpu_offload()."
+                )
             processor.to_empty(device="meta")
         processor.to(device=weight.device, dtype=weight.dtype)
         processor.original = original
         # Not through Module.__setattr__: a stock processor with weights must be registered once, as `original`.
         processor.__dict__["stock"] = _with_native_attention(original)
         processor.scope = scope
+        for name in HOST_ATTRIBUTES:
+            if hasattr(original, name):
+                setattr(processor, name, getattr(original, name))
         return processor
 
     def forward(self, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -198,9 +209,29 @@ class BaseProcessor(nn.Module):
 
     def keep_original_weights(self, attn: nn.Module, names: Iterable[str]) -> None:
         """Keep a copy of weights of the layer before they change, for `restore`. Kept once; later calls add names."""
-        for name, parameter in attn.named_parameters():
-            if name in names and name not in self.original_weights and not name.startswith("processor."):
-                self.original_weights[name] = parameter.detach().clone()
+        weights = self.weights_of(attn)
+        for name in names:
+            if name not in self.original_weights and not weights[name].is_meta:
+                self.original_weights[name] = weights[name].detach().clone()
+
+    @staticmethod
+    def weights_of(attn: nn.Module) -> dict[str, nn.Parameter]:
+        """The weights of a layer without those of its processor, under the names they have without a LoRA."""
+        return {
+            name.replace(".base_layer.", "."): parameter
+            for name, parameter in attn.named_parameters()
+            if not name.startswith("processor.") and ".lora_" not in name
+        }
+
+    def own_parameters(self) -> dict[str, nn.Parameter]:
+        """The weights that this processor adds to the model, without those of a stock processor it holds."""
+        return {name: p for name, p in self.named_parameters() if not name.startswith("original.")}
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        # The kept weights follow the model to another device or dtype.
+        super()._apply(fn, recurse)
+        self.original_weights = {name: fn(weight) for name, weight in self.original_weights.items()}
+        return self
 
 
 def _make_signed_class(cls: type[BaseProcessor], stock_call: Callable[..., Any]) -> Any:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from diffusers_linattn.layout import TokenLayout
+from diffusers_linattn.layout import Segment, TokenLayout
 from diffusers_linattn.ops.checks import check_positive_int
 from diffusers_linattn.ops.local import local_attention, window_covers
+from diffusers_linattn.ops.masks import key_visibility
 from diffusers_linattn.processors.base import AttentionCall, BaseProcessor
 
 
@@ -59,7 +60,9 @@ class ClearProcessor(BaseProcessor):
     def attend(self, call: AttentionCall) -> torch.Tensor:
         pooled_key = pooled_value = None
         if self.down_factor > 1:
-            pooled_key, pooled_value = self.pool(call.key, call.layout), self.pool(call.value, call.layout)
+            visible = None if call.mask is None else key_visibility(call.mask)
+            pooled_key = self.pool(call.key, call.layout, visible)
+            pooled_value = self.pool(call.value, call.layout, visible)
         return local_attention(
             call.query,
             call.key,
@@ -79,14 +82,16 @@ class ClearProcessor(BaseProcessor):
         if self.impl is not None:
             return self.impl
         if layout is not None and window_covers(layout, self.window, self.temporal_window):
-            return "dense (the window covers the grid)"
+            pooled = ", with pooled keys" if self.down_factor > 1 else ""
+            return f"dense{pooled} (the window covers the grid)"
         return "tiled"
 
 
 class KeyValuePool(nn.Module):
     """Pools keys or values of every grid over `factor x factor` cells with one learned weight.
 
-    Cells cut by the right or bottom border pool the tokens they have, scaled up by the share that is missing.
+    Cells cut by the right or bottom border pool the tokens they have, scaled up by the share that is missing. A cell
+    without a visible token pools to zero.
     """
 
     def __init__(self, factor: int):
@@ -95,22 +100,29 @@ class KeyValuePool(nn.Module):
         # The shape of the published CLEAR weights: (1, 1, 1, factor, 1, factor, 1).
         self.spatial_weight = nn.Parameter(torch.full((1, 1, 1, factor, 1, factor, 1), factor**-2.0))
 
-    def forward(self, tokens: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
-        """`(batch, heads, tokens, head_dim)` to `(batch, heads, cells of all grids, head_dim)`."""
-        return torch.cat([self._pool(tokens, segment) for segment in layout.grids], dim=2)
+    def forward(self, tokens: torch.Tensor, layout: TokenLayout, visible: torch.Tensor | None = None) -> torch.Tensor:
+        """`(batch, heads, tokens, head_dim)` to `(batch, heads, cells of all grids, head_dim)`.
 
-    def _pool(self, tokens: torch.Tensor, segment: object) -> torch.Tensor:
-        factor = self.factor
-        frames, height, width = segment.grid  # type: ignore[attr-defined]
-        batch, heads, _, head_dim = tokens.shape
-        cells = tokens[:, :, segment.start : segment.stop]  # type: ignore[attr-defined]
-        cells = cells.reshape(batch * heads, frames, height, width, head_dim)
-        bottom, right = -height % factor, -width % factor
-        rows, columns = (height + bottom) // factor, (width + right) // factor
-        cells = nn.functional.pad(cells, (0, 0, 0, right, 0, bottom))
-        cells = cells.reshape(batch * heads, frames, rows, factor, columns, factor, head_dim)
-        pooled = (cells * self.spatial_weight.to(cells.dtype)).sum((3, 5))
-        present = torch.ones(height, width, device=tokens.device)
-        present = nn.functional.pad(present, (0, right, 0, bottom)).reshape(rows, factor, columns, factor).sum((1, 3))
-        pooled = pooled * (factor**2 / present).to(pooled.dtype)[:, :, None]
-        return pooled.reshape(batch, heads, frames * rows * columns, head_dim)
+        `visible` is [`key_visibility`]: hidden tokens are left out of their cells as those beyond the border are.
+        """
+        if visible is None:
+            visible = tokens.new_ones(1, 1, layout.length, 1)
+        elif visible.shape[1] not in (1, tokens.shape[1]):
+            visible = visible.amax(1, keepdim=True)  # a mask per query head over fewer key heads
+        visible = visible.to(tokens.dtype)
+        pooled = []
+        for segment in layout.grids:
+            seen = visible[:, :, segment.start : segment.stop]
+            cells = self._cells(tokens[:, :, segment.start : segment.stop] * seen, segment)
+            counts = self._cells(seen, segment).sum((4, 6)).clamp_min(1)
+            weighted = (cells * self.spatial_weight.to(cells.dtype)).sum((4, 6))
+            pooled.append((weighted * (self.factor**2 / counts)).flatten(2, 4))
+        return torch.cat(pooled, dim=2)
+
+    def _cells(self, tokens: torch.Tensor, segment: Segment) -> torch.Tensor:
+        """`(batch, heads, frames, cell rows, factor, cell columns, factor, channels)`, zeros beyond the border."""
+        assert segment.grid is not None
+        _, height, width = segment.grid
+        planes = tokens.unflatten(2, segment.grid)
+        planes = nn.functional.pad(planes, (0, 0, 0, -width % self.factor, 0, -height % self.factor))
+        return planes.unflatten(4, (-1, self.factor)).unflatten(3, (-1, self.factor))

@@ -8,6 +8,7 @@ from torch import nn
 from diffusers_linattn.layout import TokenLayout
 from diffusers_linattn.ops.checks import check_choice, check_positive_int
 from diffusers_linattn.ops.linear import linear_attention
+from diffusers_linattn.ops.masks import key_visibility
 from diffusers_linattn.processors.base import AttentionCall, BaseProcessor
 
 
@@ -104,7 +105,7 @@ class HedgehogFeatures(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`(..., head_dim)` to `(..., 2 * head_dim)`, non-negative, in the dtype of `x`."""
-        projected = self.proj(x.to(self.proj.weight.dtype)).to(x.dtype)
+        projected = self.proj(x).to(x.dtype)
         return torch.softmax(torch.cat([projected, -projected], -1), -1)
 
 
@@ -122,14 +123,15 @@ class ValueConvolution(nn.Module):
         self, value: torch.Tensor, layout: TokenLayout, mask: torch.Tensor | None, heads: int | None
     ) -> torch.Tensor:
         """`(batch, heads, tokens, head_dim)` to the same, 0 at text tokens."""
+        visible = None if mask is None else key_visibility(mask).to(value.dtype)
         parts = []
         for segment in layout.segments:
             part = value[:, :, segment.start : segment.stop]
             if segment.grid is None:
                 parts.append(torch.zeros_like(part))
                 continue
-            if mask is not None:
-                part = part * _visible(mask, segment.start, segment.stop).to(part.dtype)
+            if visible is not None:
+                part = part * visible[..., segment.start : segment.stop, :]
             parts.append(self._convolve(part, segment.grid, heads))
         return torch.cat(parts, 2)
 
@@ -142,10 +144,3 @@ class ValueConvolution(nn.Module):
         planes = self.conv(planes)
         planes = planes.reshape(batch * grid[0], channels, *grid[1:]).permute(0, 2, 3, 1)
         return planes.reshape(batch, tokens, model_heads, head_dim).transpose(1, 2)
-
-
-def _visible(mask: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-    """Which keys any query sees, `(batch | 1, heads | 1, stop - start, 1)`: hidden values must not leak in."""
-    mask = mask[(None,) * (4 - mask.ndim)][..., start:stop]
-    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    return seen.any(-2).unsqueeze(-1)
