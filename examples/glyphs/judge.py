@@ -3,8 +3,8 @@
     python examples/glyphs/judge.py        # trains it again (about three minutes) and writes judge.safetensors
 
 Two heads (letter, typeface) stand on one feature layer. A board is scored by its cells: how many show the asked
-letter, how often two cells of a board are read as the same typeface, and the Fréchet distance of the features to those
-of real boards.
+letter, how often two cells of a board both show it and in the same typeface, and the Fréchet distance of the features
+to those of real boards.
 """
 
 from __future__ import annotations
@@ -93,7 +93,8 @@ class Judge(nn.Module):
         read, faces, features = self.read(images)
         return {
             "accuracy": (read == asked).float().mean().item(),
-            "agreement": _agreement(faces),
+            # Blank or ruined cells often look alike to the judge; they must not count as agreeing.
+            "agreement": _agreement(torch.where(read == asked, faces, -1 - torch.arange(faces.shape[1]))),
             "frechet": self._frechet(features),
         }
 
@@ -109,7 +110,7 @@ def split_cells(images: torch.Tensor) -> torch.Tensor:
 
 
 def _agreement(faces: torch.Tensor) -> float:
-    """The share of pairs of different cells of a board that are read as the same typeface."""
+    """The share of pairs of different cells of a board with the same number: typefaces where the letter is right."""
     count = faces.shape[1]
     if count < 2:
         return float("nan")

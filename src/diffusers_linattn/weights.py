@@ -57,7 +57,7 @@ def save_linear_attention(pipe_or_model: Any, directory: str | Path) -> Path:
     config = {
         "format_version": FORMAT_VERSION,
         "library_version": __version__,
-        "base_model": getattr(pipe_or_model, "name_or_path", None) or model.config.get("_name_or_path") or None,
+        "base_model": _base_model(pipe_or_model, model),
         "transformer": type(model).__name__,
         "layers": layers,
     }
@@ -120,6 +120,12 @@ def load_linear_attention(
             for name, tensor in _tensors(layer, processor, names).items():
                 tensor.copy_(loaded[name])
     return pipe_or_model
+
+
+def _base_model(pipe_or_model: Any, model: Any) -> str | None:
+    name = getattr(pipe_or_model, "name_or_path", None) or model.config.get("_name_or_path")
+    # A folder of this machine means nothing to others.
+    return str(name) if name and not Path(name).exists() else None
 
 
 def _single_transformer(pipe_or_model: Any) -> Any:
