@@ -3,7 +3,7 @@
 import torch
 from diffusers import FluxPipeline
 
-from diffusers_linattn import ClearProcessor, distill, make_samples, status
+from diffusers_linattn import ClearProcessor, distill, load_linear_attention, make_samples, restore, status
 
 
 pipe = FluxPipeline.from_pretrained("black-forest-labs/FLUX.1-dev", torch_dtype=torch.bfloat16).to("cuda")
@@ -22,5 +22,7 @@ samples = make_samples(
 pipe.transformer.enable_gradient_checkpointing()
 distill(pipe, samples, "flux-clear-w16", transfer_steps=1_000, steps=9_000, batch_size=4)
 
+# What anyone else would do with the result: load it into the original model.
+load_linear_attention(restore(pipe), "flux-clear-w16")
 print(status(pipe))
 pipe("a lighthouse in a storm, oil painting", height=2048, width=2048).images[0].save("lighthouse.png")
