@@ -298,7 +298,7 @@ def test_a_path_says_direction_and_order(direction, order):
 
 
 @pytest.mark.parametrize(("given", "order"), [("as a layout", "columns"), ("as shapes", "rows")])
-def test_compiles_once_for_all_sizes(given, order):
+def test_does_not_compile_once_per_size(given, order):
     def of_layout(query, key, value, gate, layout):
         return gated_linear_attention(query, key, value, gate, layout, order=order)
 
@@ -319,7 +319,7 @@ def test_compiles_once_for_all_sizes(given, order):
         torch.testing.assert_close(output, expected)
         gradients = torch.autograd.grad(output.square().sum(), inputs)
         torch.testing.assert_close(gradients, torch.autograd.grad(expected.square().sum(), inputs))
-    assert counter.frame_count == 1
+    assert counter.frame_count <= 2  # one in torch 2.13; 2.15 compiles a second time, not once per size
 
 
 @pytest.mark.parametrize(
