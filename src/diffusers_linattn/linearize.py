@@ -19,8 +19,13 @@ from diffusers_linattn.tracker import find_tracker, install_tracker, remove_trac
 PipelineOrModel = TypeVar("PipelineOrModel")
 Layers = str | int | Callable[[str], bool] | Iterable[str | int]
 
-# What `reset_projections` starts afresh, and what distillation trains besides a processor's own weights.
-PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+# What `reset_projections` starts afresh, and what distillation trains besides a processor's own weights: the query,
+# key, value and output projections of the image (in single-stream layers of all tokens) by the names in diffusers.
+PROJECTIONS = (
+    *("to_q", "to_k", "to_v", "to_out.0", "to_out"),
+    *("to_query", "to_key", "to_value", "out_layer"),
+    *("img_attn_qkv", "img_attn_proj", "img_qkv_proj", "to_qkv_mlp_proj"),
+)
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,10 @@ def transformers_of(pipe_or_model: Any) -> list[nn.Module]:
     if isinstance(pipe_or_model, nn.Module):
         model = getattr(pipe_or_model, "_orig_mod", pipe_or_model)  # torch.compile wraps the module
         if find_family(model) is None:
-            raise ValueError(unsupported_message(type(model).__name__))
+            name = type(model).__name__
+            raise ValueError(
+                unsupported_message(f"{name} is not a transformer that diffusers_linattn knows.", type(model))
+            )
         return [model]
     components = getattr(pipe_or_model, "components", None)
     if not isinstance(components, Mapping):
@@ -68,7 +76,12 @@ def transformers_of(pipe_or_model: Any) -> list[nn.Module]:
     models = [module for module in modules if find_family(module) is not None]
     if not models:
         held = ", ".join(type(module).__name__ for module in modules) or "no module"
-        raise ValueError(unsupported_message(f"{type(pipe_or_model).__name__} (which holds {held})"))
+        raise ValueError(
+            unsupported_message(
+                f"{type(pipe_or_model).__name__} (which holds {held}) has no transformer that diffusers_linattn knows.",
+                *map(type, modules),
+            )
+        )
     return models
 
 
@@ -141,51 +154,6 @@ def restore(pipe_or_model: PipelineOrModel) -> PipelineOrModel:
     return pipe_or_model
 
 
-@dataclass(frozen=True)
-class LayerStatus:
-    """How one layer attends: its name, its processor (`None` while dense) and the implementation that answers."""
-
-    name: str
-    processor: BaseProcessor | None
-    implementation: str
-
-
-@dataclass(frozen=True)
-class Status:
-    """What [`status`] found; prints as a table."""
-
-    layers: tuple[LayerStatus, ...]
-
-    @property
-    def converted(self) -> tuple[LayerStatus, ...]:
-        """The layers that have a processor of this library."""
-        return tuple(layer for layer in self.layers if layer.processor is not None)
-
-    def __str__(self) -> str:
-        rows = [("layer", "processor", "implementation")]
-        rows += [(layer.name, repr(layer.processor or "original"), layer.implementation) for layer in self.layers]
-        widths = [max(len(row[i]) for row in rows) for i in range(2)]
-        lines = [f"{name:<{widths[0]}}  {processor:<{widths[1]}}  {impl}" for name, processor, impl in rows]
-        return "\n".join([f"{len(self.converted)} of {len(self.layers)} attention layers converted", *lines])
-
-
-def status(pipe_or_model: Any) -> Status:
-    """Which layers are converted, how, and by which implementation for the size of the latest call.
-
-    Example:
-        >>> print(status(pipe))  # doctest: +SKIP
-    """
-    found = []
-    for layer in layers_of(pipe_or_model):
-        processor, tracker = layer.processor, find_tracker(layer.model)
-        implementation = "dense"
-        if processor is not None:
-            called = tracker is not None and tracker.last is not None
-            implementation = processor.implementation(tracker.layout_of(layer.scope) if tracker and called else None)
-        found.append(LayerStatus(layer.name, processor, implementation))
-    return Status(tuple(found))
-
-
 def plan(
     pipe_or_model: Any,
     processor_or_mapping: BaseProcessor | Mapping[str, BaseProcessor | None],
@@ -232,8 +200,15 @@ def _build(layer: Layer, template: BaseProcessor | None) -> BaseProcessor | None
     except ValueError as error:
         raise ValueError(f"{layer.name}: {error}") from error
     if template.reset_projections:
+        if _submodule(layer.attn, "to_qkv_mlp_proj") is not None:
+            raise ValueError(
+                f"{layer.name}: reset_projections would reset the MLP as well, which shares its weights with the "
+                "attention here. Keep the projections in this layer."
+            )
         for name in PROJECTIONS:
             projection = _submodule(layer.attn, name)
+            if isinstance(projection, nn.ModuleList):  # to_out, whose first module is a projection of its own
+                continue
             if projection is not None and not isinstance(projection, nn.Linear):
                 raise ValueError(
                     f"{layer.name}: reset_projections needs plain linear projections, {name} is a "
@@ -253,7 +228,11 @@ def install(planned: list[tuple[Layer, BaseProcessor | None]]) -> None:
         if processor.reset_projections:
             _reset_projections(layer, processor)
     for model in {id(layer.model): layer.model for layer, _ in planned}.values():
-        if not any(layer.processor for layer in layers_of(model)):
+        names = tuple(layer.name for layer in layers_of(model) if layer.processor)
+        tracker = find_tracker(model)
+        if tracker is not None:
+            tracker.watch(names)
+        if not names:
             remove_tracker(model)
 
 
@@ -283,7 +262,11 @@ def original_attention(pipe_or_model: Any) -> Iterator[None]:
     """
     converted = [(layer, layer.processor) for layer in layers_of(pipe_or_model)]
     switched: list[tuple[nn.Parameter, torch.Tensor]] = []
+    trackers = [tracker for model in transformers_of(pipe_or_model) if (tracker := find_tracker(model))]
+    watched = [tracker.installed for tracker in trackers]
     try:
+        for tracker in trackers:
+            tracker.watch(())
         for layer, processor in converted:
             if processor is None:
                 continue
@@ -304,6 +287,8 @@ def original_attention(pipe_or_model: Any) -> Iterator[None]:
         for layer, processor in converted:
             if processor is not None:
                 layer.attn.processor = processor
+        for tracker, names in zip(trackers, watched, strict=True):
+            tracker.watch(names)
 
 
 def set_processor(attn: Any, processor: Any) -> None:
@@ -313,7 +298,7 @@ def set_processor(attn: Any, processor: Any) -> None:
 
 
 def _reset_projections(layer: Layer, processor: BaseProcessor) -> None:
-    linears = {name: module for name in PROJECTIONS if (module := _submodule(layer.attn, name)) is not None}
+    linears = {name: m for name in PROJECTIONS if isinstance(m := _submodule(layer.attn, name), nn.Linear)}
     weights = [f"{name}.{weight}" for name, module in linears.items() for weight, _ in module.named_parameters()]
     processor.keep_original_weights(layer.attn, weights)
     with torch.random.fork_rng(devices=[]):

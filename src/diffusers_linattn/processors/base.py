@@ -6,49 +6,24 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from diffusers.models.attention_dispatch import AttentionBackendName
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from diffusers_linattn.layout import TokenLayout
 from diffusers_linattn.ops.checks import check_choice
+from diffusers_linattn.processors.attention_call import AnswerAttention, AttentionCall, alike
 from diffusers_linattn.tracker import LayoutTracker
 
 
 # Set by diffusers on every processor (`set_attention_backend`, `enable_parallelism`): they move with the place.
 HOST_ATTRIBUTES = ("_attention_backend", "_parallel_config")
 
+QUERY_PROJECTIONS = ("to_q", "to_query", "to_qkv", "to_qkv_mlp_proj", "img_attn_qkv", "img_qkv_proj")
+
 Processor = TypeVar("Processor", bound="BaseProcessor")
-
-
-@dataclass
-class AttentionCall:
-    """One attention call of a layer, as its processor answers it.
-
-    Args:
-        query: `(batch, heads, tokens, head_dim)`, after the model's own projections, norms and rotary embedding.
-        key: The same; with grouped queries (`enable_gqa`) it has fewer heads.
-        value: The same.
-        layout: What the tokens are.
-        mask: Boolean (True = visible) or additive mask that broadcasts to `(batch, heads, tokens, tokens)`, or `None`.
-        scale: Softmax scale; `None` is `head_dim ** -0.5`.
-        enable_gqa: Whether key and value may have fewer heads.
-        hidden_states: The input of the layer, `(batch, tokens or image tokens, channels)`.
-    """
-
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    layout: TokenLayout
-    mask: torch.Tensor | None
-    scale: float | None
-    enable_gqa: bool
-    hidden_states: torch.Tensor
 
 
 class BaseProcessor(nn.Module):
@@ -137,6 +112,11 @@ class BaseProcessor(nn.Module):
         """Answer one attention call: `(batch, heads, tokens, head_dim)`, the query's dtype."""
         raise TypeError(f"{type(self).__name__} does not say how it attends: it must define attend().")
 
+    @property
+    def changes_input(self) -> bool:
+        """Whether [`prepare`] has to be called."""
+        return False
+
     def prepare(self, hidden_states: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
         """Change the input of the layer before its projections; the default leaves it alone."""
         return hidden_states
@@ -185,27 +165,37 @@ class BaseProcessor(nn.Module):
                 "pipe.set_attn_processor(processor), which install a copy in each layer."
             )
         if self._parallel_config is not None:
-            raise ValueError(
+            raise NotImplementedError(
                 "Context parallelism splits the sequence, which windows and scans over the token grid cannot see "
-                "across. Disable it, or restore(model) the original attention first."
+                "across yet. Disable it, or restore(model) the original attention first."
             )
-        layout = self.tracker.layout_of(self.scope)
+        layouts = self.tracker.layouts_of(self.scope)
         names = self.argument_names
         arguments = {**dict(zip(names, args, strict=False)), **kwargs}
-        arguments["hidden_states"] = self.prepare(arguments["hidden_states"], layout)
+        hidden_states = arguments["hidden_states"]
+        if self.changes_input:
+            hidden_states = self._prepare(hidden_states, layouts)
+            arguments["hidden_states"] = hidden_states
         extra = args[len(names) :]
         passed: list[tuple[int, int]] = []
         answered: list[bool] = []
-        with _AnswerAttention(self, layout, arguments["hidden_states"], answered, passed):
+        with AnswerAttention(self.attend, self.scope, layouts, hidden_states, answered, passed):
             # Arguments beyond the named ones are only possible behind a *args, and then all must stay positional.
             output = self.stock(attn, *args, **kwargs) if extra else self.stock(attn, **arguments)
         if not answered:
+            expected = " or ".join(f"{layout.length} query and key tokens ({layout})" for layout in layouts)
             raise ValueError(
-                f"The tokens do not match the layout: {type(self).__name__} expected {layout.length} query and key "
-                f"tokens ({layout}), but the layer attended over {passed}. restore(model) gives the original "
-                "attention back."
+                f"The tokens do not match the layout: {type(self).__name__} expected {expected}, but the layer attended over {passed}. restore(model) gives the original attention back."
             )
         return output
+
+    def _prepare(self, hidden_states: torch.Tensor, layouts: tuple[TokenLayout, ...]) -> torch.Tensor:
+        if len(layouts) == 1:
+            return self.prepare(hidden_states, layouts[0])
+        prepared = hidden_states.clone()
+        for samples, layout in alike(layouts):
+            prepared[samples, : layout.length] = self.prepare(hidden_states[samples, : layout.length], layout)
+        return prepared
 
     def keep_original_weights(self, attn: nn.Module, names: Iterable[str]) -> None:
         """Keep a copy of weights of the layer before they change, for `restore`. Kept once; later calls add names."""
@@ -270,70 +260,25 @@ def _new_signed(cls: type[BaseProcessor], stock_call: Callable[..., Any]) -> Bas
     return signed.__new__(signed)
 
 
-class _AnswerAttention(TorchFunctionMode):
-    """While the stock processor runs: its attention calls over the layout's tokens go to [`BaseProcessor.attend`].
-
-    Other attention calls (cross-attention, IP-Adapter) have other lengths and pass through. What was answered and what
-    passed is noted in lists of the caller's: Dynamo cannot read an attribute of the mode after its block.
-    """
-
-    def __init__(
-        self,
-        processor: BaseProcessor,
-        layout: TokenLayout,
-        hidden_states: torch.Tensor,
-        answered: list[bool],
-        passed: list[tuple[int, int]],
-    ):
-        super().__init__()
-        self.processor = processor
-        self.layout = layout
-        self.hidden_states = hidden_states
-        self.answered = answered
-        self.passed = passed
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            return self._answer(*args, **kwargs)
-        if func is torch.Tensor.unflatten:
-            # Tensor.unflatten is Python that calls super(), which Dynamo cannot trace under a mode (torch 2.13).
-            return torch.unflatten(*args, **kwargs)
-        return func(*args, **kwargs)
-
-    def _answer(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attn_mask: torch.Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> torch.Tensor:
-        length = self.layout.length
-        if query.shape[2] != length or key.shape[2] != length or dropout_p or is_causal:
-            self.passed.append((query.shape[2], key.shape[2]))
-            return F.scaled_dot_product_attention(
-                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-            )
-        self.answered.append(True)
-        device = query.device.type
-        if torch.is_autocast_enabled(device):  # what autocast does to the call that is answered here
-            dtype = torch.get_autocast_dtype(device)
-            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-        call = AttentionCall(query, key, value, self.layout, attn_mask, scale, enable_gqa, self.hidden_states)
-        return self.processor.attend(call).to(query.dtype)
+def query_projection(attn: Any) -> Any:
+    """The linear layer that makes the queries (perhaps keys and values as well) of a diffusers attention module."""
+    for name in QUERY_PROJECTIONS:
+        projection = getattr(attn, name, None)
+        if projection is not None:
+            return projection
+    raise ValueError(
+        f"{type(attn).__name__} has no query projection under a known name ({', '.join(QUERY_PROJECTIONS)})."
+    )
 
 
 def attention_size(attn: Any) -> tuple[int, int, int]:
     """`(heads, head_dim, channels)` of a diffusers attention module; channels is the width of its input."""
-    heads = attn.heads
-    head_dim = getattr(attn, "head_dim", None) or attn.inner_dim // heads
-    return heads, head_dim, attn.query_dim
+    projection = query_projection(attn)
+    heads = next(getattr(attn, name) for name in ("heads", "num_heads") if hasattr(attn, name))
+    head_dim = getattr(attn, "head_dim", None)
+    if head_dim is None:
+        head_dim = getattr(attn, "inner_dim", projection.out_features) // heads
+    return heads, head_dim, projection.in_features
 
 
 def _with_native_attention(processor: Any) -> Any:
