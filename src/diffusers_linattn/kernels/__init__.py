@@ -1,0 +1,1 @@
+"""Kernels in Triton, which is imported only when one of them runs."""

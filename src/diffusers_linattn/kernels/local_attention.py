@@ -1,0 +1,303 @@
+"""Windowed attention in Triton as operators of `torch.library`: what is launched, with which tables.
+
+The kernels read (batch, heads, tokens, head_dim) tensors of any strides as long as the channels are adjacent, so that
+the transposed view of a (batch, tokens, heads, head_dim) tensor is not copied. Triton is imported by the first call.
+
+Letters: B batch, H heads, N tokens, D head_dim, P pooled tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from diffusers_linattn.kernels.tile_configurations import Configuration, Tiles, block_dim, choose_configuration, plan
+from diffusers_linattn.kernels.tile_lists import TileLists
+from diffusers_linattn.layout import TokenLayout
+
+
+MAX_HEAD_DIM = 256
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+_LOG2_E = math.log2(math.e)
+
+
+@torch.compiler.assume_constant_result
+def why_not(device: str) -> str | None:
+    """Why the kernels cannot run on a device, as the rest of a sentence; `None` if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install triton"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if torch.device(device).type != "cuda" or torch.version.hip is not None:
+        return "it needs an NVIDIA GPU (or TRITON_INTERPRET=1 for tests): move the tensors to a CUDA device"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "it needs compute capability 8.0 or later"
+    return None
+
+
+_INPUTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor pooled_key, Tensor pooled_value, Tensor? mask, "
+    "SymInt[] layout, SymInt window, SymInt? temporal_window, float scale"
+)
+
+
+@torch.library.custom_op(
+    "diffusers_linattn::local_attention_triton", mutates_args=(), schema=f"({_INPUTS}) -> (Tensor, Tensor)"
+)
+def local_attention_triton(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pooled_key: torch.Tensor,
+    pooled_value: torch.Tensor,
+    mask: torch.Tensor | None,
+    layout: Sequence[int],
+    window: int,
+    temporal_window: int | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`reference.local_attention` on checked arguments, and the base-2 logarithm of each query's sum of exponentials.
+
+    query is (B, H, N, D), key and value (B, key heads, N, D), pooled_key and pooled_value (B, key heads | H, P, D) with
+    P = 0 where there are none, mask (B | 1, H | 1, 1, N), `layout` is `TokenLayout.encode()`. The output is
+    (B, H, N, D) in the memory order of (B, N, H, D), the second result fp32 (B, H, N), +inf for queries that see
+    nothing.
+    """
+    from diffusers_linattn.kernels.local_attention_forward import forward_kernel
+
+    call = _Call(query, key, value, pooled_key, pooled_value, mask, layout, window, temporal_window, scale)
+    out, lse = _empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+    tiles = call.configuration.forward
+    lists, queries, keys = plan(*call.window, tiles)
+    _launch(
+        forward_kernel,
+        lists,
+        query.shape[0] * query.shape[1],
+        tiles,
+        [*call.tensors, call.bias, out, lse, *_tables(lists, query.device)],
+        [*call.strides, *_strides(out)],
+        [scale * _LOG2_E, *call.sizes, len(lists.visited)],
+        [*call.dims, *queries, *keys, lists.isotropic, queries[0] * keys[0] > 1 and temporal_window is not None],
+        [mask is not None, call.num_pooled > 0, call.precision],
+    )
+    return out, lse
+
+
+@local_attention_triton.register_fake
+def _(query: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
+    return _empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op(
+    "diffusers_linattn::local_attention_triton_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad, Tensor out, Tensor lse, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def local_attention_triton_backward(
+    grad: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pooled_key: torch.Tensor,
+    pooled_value: torch.Tensor,
+    mask: torch.Tensor | None,
+    layout: Sequence[int],
+    window: int,
+    temporal_window: int | None,
+    scale: float,
+) -> tuple[torch.Tensor, ...]:
+    """The gradients of query, key, value, pooled_key and pooled_value; the same bits in every run."""
+    from diffusers_linattn.kernels.local_attention_query_gradient import query_gradient_kernel
+
+    call = _Call(query, key, value, pooled_key, pooled_value, mask, layout, window, temporal_window, scale)
+    grad, delta, dquery = _adjacent(grad), torch.empty_like(lse), _empty_like(query)
+    tiles = call.configuration.query_gradient
+    lists, queries, keys = plan(*call.window, tiles)
+    _launch(
+        query_gradient_kernel,
+        lists,
+        query.shape[0] * query.shape[1],
+        tiles,
+        [*call.tensors, call.bias, out, grad, lse, delta, dquery, *_tables(lists, query.device)],
+        [*call.strides, *_strides(out), *_strides(grad), *_strides(dquery)],
+        [scale, scale * _LOG2_E, *call.sizes, len(lists.visited)],
+        [*call.dims, *queries, *keys, lists.isotropic, queries[0] * keys[0] > 1 and temporal_window is not None],
+        [mask is not None, call.num_pooled > 0, call.precision],
+    )
+    _, key, value, pooled_key, pooled_value = call.tensors
+    dkey, dvalue = call.key_gradients(key, value, grad, lse, delta, pooled=False)
+    if not call.num_pooled:
+        return dquery, dkey, dvalue, torch.empty_like(pooled_key), torch.empty_like(pooled_value)
+    return dquery, dkey, dvalue, *call.key_gradients(pooled_key, pooled_value, grad, lse, delta, pooled=True)
+
+
+@local_attention_triton_backward.register_fake
+def _(
+    grad: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pooled_key: torch.Tensor,
+    pooled_value: torch.Tensor,
+    *_: object,
+) -> tuple[torch.Tensor, ...]:
+    return tuple(_empty_like(x) for x in (query, key, value, pooled_key, pooled_value))
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    *tensors, layout, window, temporal_window, scale = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*output, *tensors)
+    ctx.settings = (layout, window, temporal_window, scale)
+
+
+def _backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    return (*local_attention_triton_backward(grad, *ctx.saved_tensors, *ctx.settings), None, None, None, None, None)
+
+
+local_attention_triton.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _Call:
+    """What the launches of one call share."""
+
+    def __init__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        pooled_key: torch.Tensor,
+        pooled_value: torch.Tensor,
+        mask: torch.Tensor | None,
+        layout: Sequence[int],
+        window: int,
+        temporal_window: int | None,
+        scale: float,
+    ) -> None:
+        self.tensors = [_adjacent(x) for x in (query, key, value, pooled_key, pooled_value)]
+        self.window = (TokenLayout.decode(layout), window, temporal_window)
+        self.scale, self.num_pooled = scale, pooled_key.shape[2]
+        self.bias, bias_strides = query, [0, 0]  # not read without a mask
+        if mask is not None:
+            self.bias = _log2_bias(mask).expand(*query.shape[:2], -1)
+            bias_strides = list(self.bias.stride()[:2])
+        self.bias_strides = bias_strides
+        self.strides = [stride for x in self.tensors for stride in _strides(x)] + bias_strides
+        heads = query.shape[1]
+        self.sizes = [heads, heads // key.shape[1], heads // pooled_key.shape[1], query.shape[2], self.num_pooled]
+        self.dims = [query.shape[3], block_dim(query.shape[3])]
+        # What torch does in a product of fp32 matrices.
+        tf32 = query.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
+        self.precision = "tf32" if tf32 else "ieee"
+        self.configuration = _configuration(query, window)
+
+    def key_gradients(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        grad: torch.Tensor,
+        lse: torch.Tensor,
+        delta: torch.Tensor,
+        *,
+        pooled: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The gradients of the keys and values of the sequence, or of the pooled ones."""
+        from diffusers_linattn.kernels.local_attention_key_gradients import key_gradients_kernel
+
+        query, (batch, heads) = self.tensors[0], key.shape[:2]
+        layout, window, temporal_window = self.window
+        tiles = self.configuration.key_gradients
+        num_pooled = self.num_pooled if pooled else 0
+        lists, keys, queries = plan(*self.window, tiles, owners_are_keys=True, num_pooled=num_pooled)
+        has_bias = self.bias is not query and not pooled
+        dkey, dvalue = _empty_like(key), _empty_like(value)
+        shape = (2, batch, heads, lists.slots, tiles.owner, self.dims[1])
+        partial = query.new_empty(shape, dtype=torch.float32)
+        inputs = [query, key, value, self.bias, grad, lse, delta, dkey, dvalue, partial]
+        bias_strides = self.bias_strides if has_bias else [0, 0]
+        strides = [*_strides(query), *_strides(key), *_strides(value), *bias_strides]
+        _launch(
+            key_gradients_kernel,
+            lists,
+            batch * heads,
+            tiles,
+            [*inputs, *_tables(lists, query.device)],
+            [*strides, *_strides(grad), *_strides(dkey), *_strides(dvalue)],
+            [self.scale, self.scale * _LOG2_E, heads, query.shape[1] // heads, query.shape[2]],
+            [len(lists.visited), lists.slots, *self.dims, *keys, *queries, lists.isotropic],
+            [queries[0] * keys[0] > 1 and temporal_window is not None, has_bias, self.precision],
+        )
+        if lists.slots:
+            text = [(0, num_pooled)] if pooled else [(segment.start, segment.length) for segment in layout.text]
+            for target, sums in zip((dkey, dvalue), partial, strict=True):
+                _add_parts(target, sums, lists.parts, text)
+        return dkey, dvalue
+
+
+def _add_parts(target: torch.Tensor, partial: torch.Tensor, parts: int, text: Sequence[tuple[int, int]]) -> None:
+    """Add the partial results (B, H, slots, tile, block) of each tile and write them to the segments seen by all."""
+    sums = partial.unflatten(2, (-1, parts)).sum(3)[..., : target.shape[3]]
+    tile, first = sums.shape[3], 0
+    for start, length in text:
+        tiles = -(-length // tile)
+        target[:, :, start : start + length] = sums[:, :, first : first + tiles].flatten(2, 3)[:, :, :length]
+        first += tiles
+
+
+def _launch(kernel: Any, lists: TileLists, num_heads: int, tiles: Tiles, *arguments: list[Any]) -> None:
+    if not len(lists.items) or not num_heads:
+        return
+    flat = [x for group in arguments for x in group]
+    device = flat[0].device
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        # Triton 3.10 turns the fusion of products and sums off unless asked for.
+        kernel[len(lists.items), num_heads](
+            *flat, num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=True
+        )
+
+
+@functools.lru_cache(maxsize=64)
+def _tables(lists: TileLists, device: torch.device) -> tuple[torch.Tensor, ...]:
+    return lists.to(device)
+
+
+def _configuration(query: torch.Tensor, window: int) -> Configuration:
+    shared = 0
+    if query.device.type == "cuda":
+        shared = torch.cuda.get_device_properties(query.device).shared_memory_per_block_optin
+    return choose_configuration(query.shape[3], query.dtype, window, shared)
+
+
+def _log2_bias(mask: torch.Tensor) -> torch.Tensor:
+    """A boolean or additive mask of keys, (B | 1, H | 1, 1, N), as fp32 (B | 1, H | 1, N) in units of log 2."""
+    mask = mask[:, :, 0]
+    if mask.dtype != torch.bool:
+        return mask.float() * _LOG2_E
+    return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, float("-inf"))
+
+
+def _adjacent(x: torch.Tensor) -> torch.Tensor:
+    """`x` with its channels side by side in memory; an expanded gradient, for example, is not."""
+    return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
+
+
+def _strides(x: torch.Tensor) -> list[int]:
+    return list(x.stride()[:3])
+
+
+def _empty_like(x: torch.Tensor) -> torch.Tensor:
+    """(B, H, N, D) in the memory order of (B, N, H, D), which callers transpose back for free."""
+    batch, heads, tokens, dim = x.shape
+    return x.new_empty(batch, tokens, heads, dim).transpose(1, 2)

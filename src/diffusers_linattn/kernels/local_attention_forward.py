@@ -1,0 +1,260 @@
+"""The forward pass of windowed attention: one program per tile of queries and head, one online softmax over all keys.
+
+Letters: M queries of a tile, N keys of a tile, D channels of a head (a power of two, zeros beyond `HEAD_DIM`). Scores
+are kept in units of log 2. A kernel walks the runs of its item: in each a loop over tiles that need no test per pair
+and one over tiles that the window cuts. Nothing in these loops is conditional, so that the compiler overlaps the loads
+of the next tiles with the products of this one.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from diffusers_linattn.kernels.tile_addressing import (
+    in_window,
+    key_position,
+    load_item,
+    load_place,
+    load_rows,
+    load_scales,
+    load_segment,
+    query_position,
+    store_rows,
+    tile_coordinates,
+)
+
+
+# Below every score, and finite: a difference of two is not NaN.
+_LOWEST = tl.constexpr(-1.0e30)
+
+
+@triton.jit
+def _attend(acc, total, peak, q, k, v, scale, column, PRECISION: tl.constexpr, visible, CUT: tl.constexpr):
+    """One step of the online softmax over N keys. acc (M, D), total and peak (M,), column (N,) is added to scores."""
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + column[None, :]
+    if CUT:
+        scores = tl.where(visible, scores, float("-inf"))
+    new_peak = tl.maximum(peak, tl.max(scores, 1))
+    weights = tl.exp2(scores - new_peak[:, None])
+    shrink = tl.exp2(peak - new_peak)
+    total = total * shrink + tl.sum(weights, 1)
+    acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+    return acc, total, new_peak
+
+
+@triton.jit
+def _attend_tiles(
+    acc,
+    total,
+    peak,
+    q,
+    query_frame,
+    query_row,
+    query_column,
+    first,
+    last,
+    key,
+    value,
+    bias,
+    places,
+    key_segments,
+    segment,
+    pair,
+    stride_kn,
+    stride_vn,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    KEY_FRAMES: tl.constexpr,
+    KEY_ROWS: tl.constexpr,
+    KEY_COLUMNS: tl.constexpr,
+    CUT: tl.constexpr,
+    ISOTROPIC: tl.constexpr,
+    TIMED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The tiles of entries `first` to `last`, all of one segment."""
+    start, stop, frame_tokens, row_tokens, height, width = load_segment(key_segments, segment)
+    frame, row, column = tile_coordinates(KEY_FRAMES, KEY_ROWS, KEY_COLUMNS)
+    dim = tl.arange(0, BLOCK_DIM)
+    token = frame * frame_tokens + row * row_tokens + column
+    key_offsets = token[:, None] * stride_kn + dim[None, :]
+    value_offsets = token[:, None] * stride_vn + dim[None, :]
+    denominator_y, denominator_x = tl.load(pair + 1), tl.load(pair + 4)
+    row_unit, column_unit, frames, limit = load_scales(pair)
+    for i in range(first, last):
+        frame0, row0, column0 = load_place(places, i)
+        token0 = start + frame0 * frame_tokens + row0 * row_tokens + column0
+        valid = (row0 + row < height) & (column0 + column < width) & (token0 + token < stop)
+        k = load_rows(key + token0.to(tl.int64) * stride_kn + key_offsets, valid, HEAD_DIM, BLOCK_DIM)
+        v = load_rows(value + token0.to(tl.int64) * stride_vn + value_offsets, valid, HEAD_DIM, BLOCK_DIM)
+        if HAS_BIAS:
+            added = tl.load(bias + token0 + token, mask=valid, other=float("-inf"))
+        else:
+            added = tl.where(valid, 0.0, float("-inf"))
+        if CUT:
+            visible = in_window(
+                query_row[:, None],
+                key_position(row0 + row, denominator_y)[None, :],
+                query_column[:, None],
+                key_position(column0 + column, denominator_x)[None, :],
+                query_frame[:, None],
+                (frame0 + frame)[None, :],
+                row_unit,
+                column_unit,
+                frames,
+                limit,
+                ISOTROPIC,
+                TIMED,
+            )
+            acc, total, peak = _attend(acc, total, peak, q, k, v, scale, added, PRECISION, visible, True)
+        else:
+            acc, total, peak = _attend(acc, total, peak, q, k, v, scale, added, PRECISION, None, False)
+    return acc, total, peak
+
+
+@triton.jit(do_not_specialize=["heads", "groups", "pooled_groups", "num_tokens", "num_pooled", "num_segments"])
+def forward_kernel(
+    query,
+    key,
+    value,
+    pooled_key,
+    pooled_value,
+    bias,
+    out,
+    lse,
+    items,
+    runs,
+    places,
+    query_segments,
+    key_segments,
+    pairs,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_pkb,
+    stride_pkh,
+    stride_pkn,
+    stride_pvb,
+    stride_pvh,
+    stride_pvn,
+    stride_bb,
+    stride_bh,
+    stride_ob,
+    stride_oh,
+    stride_on,
+    scale,
+    heads,
+    groups,
+    pooled_groups,
+    num_tokens,
+    num_pooled,
+    num_segments,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    QUERY_FRAMES: tl.constexpr,
+    QUERY_ROWS: tl.constexpr,
+    QUERY_COLUMNS: tl.constexpr,
+    KEY_FRAMES: tl.constexpr,
+    KEY_ROWS: tl.constexpr,
+    KEY_COLUMNS: tl.constexpr,
+    ISOTROPIC: tl.constexpr,
+    TIMED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_POOLED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Grid (items, batch * heads). Writes out (batch, heads, tokens, head_dim) and the log2-sum-exp2 of the scores.
+
+    `scale` is that of the scores times log2(e), as is `bias`, fp32 (batch, heads, tokens). A query that sees nothing
+    gets 0 and +inf.
+    """
+    BLOCK_M: tl.constexpr = QUERY_FRAMES * QUERY_ROWS * QUERY_COLUMNS
+    BLOCK_N: tl.constexpr = KEY_FRAMES * KEY_ROWS * KEY_COLUMNS
+    batch, head = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
+    query += batch * stride_qb + head * stride_qh
+    key += batch * stride_kb + head // groups * stride_kh
+    value += batch * stride_vb + head // groups * stride_vh
+    if HAS_BIAS:
+        bias += batch * stride_bb + head * stride_bh
+
+    segment, frame0, row0, column0, first_run, last_run, _, is_grid = load_item(items, tl.program_id(0))
+    start, stop, frame_tokens, row_tokens, height, width = load_segment(query_segments, segment)
+    frame, row, column = tile_coordinates(QUERY_FRAMES, QUERY_ROWS, QUERY_COLUMNS)
+    dim = tl.arange(0, BLOCK_DIM)
+    token0 = (start + frame0 * frame_tokens + row0 * row_tokens + column0).to(tl.int64)
+    token = frame * frame_tokens + row * row_tokens + column
+    valid = (row0 + row < height) & (column0 + column < width) & (token0 + token < stop)
+    q = load_rows(
+        query + token0 * stride_qn + token[:, None] * stride_qn + dim[None, :], valid, HEAD_DIM, BLOCK_DIM
+    )
+
+    acc = tl.zeros([BLOCK_M, BLOCK_DIM], dtype=tl.float32)
+    total = tl.zeros([BLOCK_M], dtype=tl.float32)
+    peak = tl.full([BLOCK_M], _LOWEST, dtype=tl.float32)
+    for run in range(first_run, last_run):
+        key_segment = tl.load(runs + 4 * run)
+        first, cut, last = tl.load(runs + 4 * run + 1), tl.load(runs + 4 * run + 2), tl.load(runs + 4 * run + 3)
+        pair = pairs + 8 * (segment * num_segments + key_segment)
+        query_row = query_position(row0 + row, tl.load(pair), tl.load(pair + 1))
+        query_column = query_position(column0 + column, tl.load(pair + 3), tl.load(pair + 4))
+        for CUT in tl.static_range(2):
+            acc, total, peak = _attend_tiles(
+                acc,
+                total,
+                peak,
+                q,
+                frame0 + frame,
+                query_row,
+                query_column,
+                cut if CUT else first,
+                last if CUT else cut,
+                key,
+                value,
+                bias,
+                places,
+                key_segments,
+                key_segment,
+                pair,
+                stride_kn,
+                stride_vn,
+                scale,
+                HEAD_DIM,
+                BLOCK_DIM,
+                KEY_FRAMES,
+                KEY_ROWS,
+                KEY_COLUMNS,
+                CUT == 1,
+                ISOTROPIC,
+                TIMED,
+                HAS_BIAS,
+                PRECISION,
+            )
+
+    if HAS_POOLED:
+        pooled_key += batch * stride_pkb + head // pooled_groups * stride_pkh
+        pooled_value += batch * stride_pvb + head // pooled_groups * stride_pvh
+        cell = tl.arange(0, BLOCK_N)
+        for i in range(0, tl.cdiv(num_pooled, BLOCK_N) * is_grid):
+            there = i * BLOCK_N + cell < num_pooled
+            k_pointers = pooled_key + i * BLOCK_N * stride_pkn + cell[:, None] * stride_pkn + dim[None, :]
+            v_pointers = pooled_value + i * BLOCK_N * stride_pvn + cell[:, None] * stride_pvn + dim[None, :]
+            k = load_rows(k_pointers, there, HEAD_DIM, BLOCK_DIM)
+            v = load_rows(v_pointers, there, HEAD_DIM, BLOCK_DIM)
+            added = tl.where(there, 0.0, float("-inf"))
+            acc, total, peak = _attend(acc, total, peak, q, k, v, scale, added, PRECISION, None, False)
+
+    sees = total > 0
+    acc = acc / tl.where(sees, total, 1.0)[:, None]
+    out += batch * stride_ob + head * stride_oh + token0 * stride_on
+    store_rows(out + token[:, None] * stride_on + dim[None, :], acc, valid, HEAD_DIM, BLOCK_DIM)
+    lse += tl.program_id(1).to(tl.int64) * num_tokens + token0
+    tl.store(lse + token, tl.where(sees, peak + tl.log2(total), float("inf")), mask=valid)

@@ -1,0 +1,242 @@
+"""The gradients of keys and values of windowed attention; see `local_attention_query_gradient` for queries.
+
+A program owns a tile of keys and walks the queries that see it, with scores transposed, (keys, queries), so that no
+product has to transpose a result first. Letters: M queries of a tile, N keys of a tile, D channels of a head. Scores are
+in units of log 2.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from diffusers_linattn.kernels.tile_addressing import (
+    in_window,
+    key_position,
+    load_item,
+    load_place,
+    load_rows,
+    load_scales,
+    load_segment,
+    query_position,
+    store_rows,
+    tile_coordinates,
+)
+
+
+@triton.jit
+def _key_tiles(
+    dk,
+    dv,
+    k,
+    v,
+    added,
+    key_frame,
+    key_row,
+    key_column,
+    first,
+    last,
+    query,
+    dout,
+    lse,
+    delta,
+    places,
+    query_segments,
+    segment,
+    pair,
+    stride_qn,
+    stride_gn,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    QUERY_FRAMES: tl.constexpr,
+    QUERY_ROWS: tl.constexpr,
+    QUERY_COLUMNS: tl.constexpr,
+    CUT: tl.constexpr,
+    ISOTROPIC: tl.constexpr,
+    TIMED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Add the queries of entries `first` to `last`, all of one segment, to the gradients dk, dv (N, D)."""
+    start, stop, frame_tokens, row_tokens, height, width = load_segment(query_segments, segment)
+    frame, row, column = tile_coordinates(QUERY_FRAMES, QUERY_ROWS, QUERY_COLUMNS)
+    dim = tl.arange(0, BLOCK_DIM)
+    token = frame * frame_tokens + row * row_tokens + column
+    query_offsets = token[:, None] * stride_qn + dim[None, :]
+    dout_offsets = token[:, None] * stride_gn + dim[None, :]
+    numerator_y, denominator_y = tl.load(pair), tl.load(pair + 1)
+    numerator_x, denominator_x = tl.load(pair + 3), tl.load(pair + 4)
+    row_unit, column_unit, frames, limit = load_scales(pair)
+    for i in range(first, last):
+        frame0, row0, column0 = load_place(places, i)
+        token0 = start + frame0 * frame_tokens + row0 * row_tokens + column0
+        valid = (row0 + row < height) & (column0 + column < width) & (token0 + token < stop)
+        q = load_rows(query + token0.to(tl.int64) * stride_qn + query_offsets, valid, HEAD_DIM, BLOCK_DIM)
+        # Queries that are not there have weight 0, as those that see nothing.
+        sums = tl.load(lse + token0 + token, mask=valid, other=float("inf"))
+        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale + added[:, None]
+        if CUT:
+            visible = in_window(
+                query_position(row0 + row, numerator_y, denominator_y)[None, :],
+                key_row[:, None],
+                query_position(column0 + column, numerator_x, denominator_x)[None, :],
+                key_column[:, None],
+                (frame0 + frame)[None, :],
+                key_frame[:, None],
+                row_unit,
+                column_unit,
+                frames,
+                limit,
+                ISOTROPIC,
+                TIMED,
+            )
+            scores = tl.where(visible, scores, float("-inf"))
+        weights = tl.exp2(scores - sums[None, :])
+        g = load_rows(dout + token0.to(tl.int64) * stride_gn + dout_offsets, valid, HEAD_DIM, BLOCK_DIM)
+        dv = tl.dot(weights.to(g.dtype), g, dv, input_precision=PRECISION)
+        dweights = tl.dot(v, tl.trans(g), input_precision=PRECISION)
+        products = tl.load(delta + token0 + token, mask=valid, other=0.0)
+        dscores = weights * (dweights - products[None, :])
+        dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["heads", "groups", "num_tokens", "num_segments", "slots"])
+def key_gradients_kernel(
+    query,
+    key,
+    value,
+    bias,
+    dout,
+    lse,
+    delta,
+    dkey,
+    dvalue,
+    partial,
+    items,
+    runs,
+    places,
+    key_segments,
+    query_segments,
+    pairs,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_bb,
+    stride_bh,
+    stride_gb,
+    stride_gh,
+    stride_gn,
+    stride_dkb,
+    stride_dkh,
+    stride_dkn,
+    stride_dvb,
+    stride_dvh,
+    stride_dvn,
+    scale,
+    log2_scale,
+    heads,
+    groups,
+    num_tokens,
+    num_segments,
+    slots,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    KEY_FRAMES: tl.constexpr,
+    KEY_ROWS: tl.constexpr,
+    KEY_COLUMNS: tl.constexpr,
+    QUERY_FRAMES: tl.constexpr,
+    QUERY_ROWS: tl.constexpr,
+    QUERY_COLUMNS: tl.constexpr,
+    ISOTROPIC: tl.constexpr,
+    TIMED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Grid (items, batch * key heads); `heads` counts those of the keys, each read by `groups` heads of queries.
+
+    Writes dkey and dvalue, or where the queries of a tile are split over items the sum over this item's queries to
+    partial (2, batch * key heads, slots, N, BLOCK_DIM), fp32.
+    """
+    BLOCK_N: tl.constexpr = KEY_FRAMES * KEY_ROWS * KEY_COLUMNS
+    batch, head = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
+
+    segment, frame0, row0, column0, first_run, last_run, slot, _ = load_item(items, tl.program_id(0))
+    start, stop, frame_tokens, row_tokens, height, width = load_segment(key_segments, segment)
+    frame, row, column = tile_coordinates(KEY_FRAMES, KEY_ROWS, KEY_COLUMNS)
+    dim = tl.arange(0, BLOCK_DIM)
+    token0 = (start + frame0 * frame_tokens + row0 * row_tokens + column0).to(tl.int64)
+    token = frame * frame_tokens + row * row_tokens + column
+    valid = (row0 + row < height) & (column0 + column < width) & (token0 + token < stop)
+    key += batch * stride_kb + head * stride_kh + token0 * stride_kn
+    value += batch * stride_vb + head * stride_vh + token0 * stride_vn
+    k = load_rows(key + token[:, None] * stride_kn + dim[None, :], valid, HEAD_DIM, BLOCK_DIM)
+    v = load_rows(value + token[:, None] * stride_vn + dim[None, :], valid, HEAD_DIM, BLOCK_DIM)
+
+    dk = tl.zeros([BLOCK_N, BLOCK_DIM], dtype=tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_DIM], dtype=tl.float32)
+    query += batch * stride_qb
+    dout += batch * stride_gb
+    for query_head in range(head * groups, head * groups + groups):
+        if HAS_BIAS:
+            added = tl.load(
+                bias + batch * stride_bb + query_head * stride_bh + token0 + token, mask=valid, other=float("-inf")
+            )
+        else:
+            added = tl.where(valid, 0.0, float("-inf"))
+        numbers = (batch * heads * groups + query_head) * num_tokens
+        for run in range(first_run, last_run):
+            query_segment = tl.load(runs + 4 * run)
+            first, cut, last = tl.load(runs + 4 * run + 1), tl.load(runs + 4 * run + 2), tl.load(runs + 4 * run + 3)
+            pair = pairs + 8 * (segment * num_segments + query_segment)
+            for CUT in tl.static_range(2):
+                dk, dv = _key_tiles(
+                    dk,
+                    dv,
+                    k,
+                    v,
+                    added,
+                    frame0 + frame,
+                    key_position(row0 + row, tl.load(pair + 1)),
+                    key_position(column0 + column, tl.load(pair + 4)),
+                    cut if CUT else first,
+                    last if CUT else cut,
+                    query + query_head * stride_qh,
+                    dout + query_head * stride_gh,
+                    lse + numbers,
+                    delta + numbers,
+                    places,
+                    query_segments,
+                    query_segment,
+                    pair,
+                    stride_qn,
+                    stride_gn,
+                    log2_scale,
+                    HEAD_DIM,
+                    BLOCK_DIM,
+                    QUERY_FRAMES,
+                    QUERY_ROWS,
+                    QUERY_COLUMNS,
+                    CUT == 1,
+                    ISOTROPIC,
+                    TIMED,
+                    PRECISION,
+                )
+
+    if slot >= 0:
+        place = (tl.program_id(1).to(tl.int64) * slots + slot) * BLOCK_N * BLOCK_DIM
+        offsets = tl.arange(0, BLOCK_N)[:, None] * BLOCK_DIM + dim[None, :]
+        tl.store(partial + place + offsets, dk * scale)
+        second = tl.num_programs(1).to(tl.int64) * slots * BLOCK_N * BLOCK_DIM
+        tl.store(partial + second + place + offsets, dv)
+    else:
+        dkey += batch * stride_dkb + head * stride_dkh + token0 * stride_dkn
+        dvalue += batch * stride_dvb + head * stride_dvh + token0 * stride_dvn
+        store_rows(dkey + token[:, None] * stride_dkn + dim[None, :], dk * scale, valid, HEAD_DIM, BLOCK_DIM)
+        store_rows(dvalue + token[:, None] * stride_dvn + dim[None, :], dv, valid, HEAD_DIM, BLOCK_DIM)

@@ -1,0 +1,262 @@
+"""The gradient of queries of windowed attention; see `local_attention_key_gradients` for keys and values.
+
+The first owns tiles of queries and walks their keys as the forward pass does. The second owns tiles of keys and walks
+the queries that see them, with scores transposed, (keys, queries), so that no product has to transpose a result first.
+Letters: M queries of a tile, N keys of a tile, D channels of a head. Scores are in units of log 2.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from diffusers_linattn.kernels.tile_addressing import (
+    in_window,
+    key_position,
+    load_item,
+    load_place,
+    load_rows,
+    load_scales,
+    load_segment,
+    query_position,
+    store_rows,
+    tile_coordinates,
+)
+
+
+@triton.jit
+def _query_step(
+    dq, q, dout, k, v, lse, delta, scale, column, visible, CUT: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Add N keys' part to the gradient of the queries, (M, D)."""
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + column[None, :]
+    if CUT:
+        scores = tl.where(visible, scores, float("-inf"))
+    weights = tl.exp2(scores - lse[:, None])
+    dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+    dscores = weights * (dweights - delta[:, None])
+    return tl.dot(dscores.to(k.dtype), k, dq, input_precision=PRECISION)
+
+
+@triton.jit
+def _query_tiles(
+    dq,
+    q,
+    dout,
+    lse,
+    delta,
+    query_frame,
+    query_row,
+    query_column,
+    first,
+    last,
+    key,
+    value,
+    bias,
+    places,
+    key_segments,
+    segment,
+    pair,
+    stride_kn,
+    stride_vn,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    KEY_FRAMES: tl.constexpr,
+    KEY_ROWS: tl.constexpr,
+    KEY_COLUMNS: tl.constexpr,
+    CUT: tl.constexpr,
+    ISOTROPIC: tl.constexpr,
+    TIMED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The tiles of keys of entries `first` to `last`, all of one segment."""
+    start, stop, frame_tokens, row_tokens, height, width = load_segment(key_segments, segment)
+    frame, row, column = tile_coordinates(KEY_FRAMES, KEY_ROWS, KEY_COLUMNS)
+    dim = tl.arange(0, BLOCK_DIM)
+    token = frame * frame_tokens + row * row_tokens + column
+    key_offsets = token[:, None] * stride_kn + dim[None, :]
+    value_offsets = token[:, None] * stride_vn + dim[None, :]
+    denominator_y, denominator_x = tl.load(pair + 1), tl.load(pair + 4)
+    row_unit, column_unit, frames, limit = load_scales(pair)
+    for i in range(first, last):
+        frame0, row0, column0 = load_place(places, i)
+        token0 = start + frame0 * frame_tokens + row0 * row_tokens + column0
+        valid = (row0 + row < height) & (column0 + column < width) & (token0 + token < stop)
+        k = load_rows(key + token0.to(tl.int64) * stride_kn + key_offsets, valid, HEAD_DIM, BLOCK_DIM)
+        v = load_rows(value + token0.to(tl.int64) * stride_vn + value_offsets, valid, HEAD_DIM, BLOCK_DIM)
+        if HAS_BIAS:
+            added = tl.load(bias + token0 + token, mask=valid, other=float("-inf"))
+        else:
+            added = tl.where(valid, 0.0, float("-inf"))
+        if CUT:
+            visible = in_window(
+                query_row[:, None],
+                key_position(row0 + row, denominator_y)[None, :],
+                query_column[:, None],
+                key_position(column0 + column, denominator_x)[None, :],
+                query_frame[:, None],
+                (frame0 + frame)[None, :],
+                row_unit,
+                column_unit,
+                frames,
+                limit,
+                ISOTROPIC,
+                TIMED,
+            )
+            dq = _query_step(dq, q, dout, k, v, lse, delta, scale, added, visible, True, PRECISION)
+        else:
+            dq = _query_step(dq, q, dout, k, v, lse, delta, scale, added, None, False, PRECISION)
+    return dq
+
+
+@triton.jit(do_not_specialize=["heads", "groups", "pooled_groups", "num_tokens", "num_pooled", "num_segments"])
+def query_gradient_kernel(
+    query,
+    key,
+    value,
+    pooled_key,
+    pooled_value,
+    bias,
+    out,
+    dout,
+    lse,
+    delta,
+    dquery,
+    items,
+    runs,
+    places,
+    query_segments,
+    key_segments,
+    pairs,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_pkb,
+    stride_pkh,
+    stride_pkn,
+    stride_pvb,
+    stride_pvh,
+    stride_pvn,
+    stride_bb,
+    stride_bh,
+    stride_ob,
+    stride_oh,
+    stride_on,
+    stride_gb,
+    stride_gh,
+    stride_gn,
+    stride_db,
+    stride_dh,
+    stride_dn,
+    scale,
+    log2_scale,
+    heads,
+    groups,
+    pooled_groups,
+    num_tokens,
+    num_pooled,
+    num_segments,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    QUERY_FRAMES: tl.constexpr,
+    QUERY_ROWS: tl.constexpr,
+    QUERY_COLUMNS: tl.constexpr,
+    KEY_FRAMES: tl.constexpr,
+    KEY_ROWS: tl.constexpr,
+    KEY_COLUMNS: tl.constexpr,
+    ISOTROPIC: tl.constexpr,
+    TIMED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_POOLED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Grid (items, batch * heads). Writes dquery and delta, the inner product of each output with its gradient."""
+    BLOCK_N: tl.constexpr = KEY_FRAMES * KEY_ROWS * KEY_COLUMNS
+    batch, head = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
+    key += batch * stride_kb + head // groups * stride_kh
+    value += batch * stride_vb + head // groups * stride_vh
+    if HAS_BIAS:
+        bias += batch * stride_bb + head * stride_bh
+
+    segment, frame0, row0, column0, first_run, last_run, _, is_grid = load_item(items, tl.program_id(0))
+    start, stop, frame_tokens, row_tokens, height, width = load_segment(query_segments, segment)
+    frame, row, column = tile_coordinates(QUERY_FRAMES, QUERY_ROWS, QUERY_COLUMNS)
+    dim = tl.arange(0, BLOCK_DIM)
+    token0 = (start + frame0 * frame_tokens + row0 * row_tokens + column0).to(tl.int64)
+    token = frame * frame_tokens + row * row_tokens + column
+    valid = (row0 + row < height) & (column0 + column < width) & (token0 + token < stop)
+    query += batch * stride_qb + head * stride_qh + token0 * stride_qn
+    out += batch * stride_ob + head * stride_oh + token0 * stride_on
+    dout += batch * stride_gb + head * stride_gh + token0 * stride_gn
+    numbers = tl.program_id(1).to(tl.int64) * num_tokens + token0
+    q = load_rows(query + token[:, None] * stride_qn + dim[None, :], valid, HEAD_DIM, BLOCK_DIM)
+    o = load_rows(out + token[:, None] * stride_on + dim[None, :], valid, HEAD_DIM, BLOCK_DIM)
+    g = load_rows(dout + token[:, None] * stride_gn + dim[None, :], valid, HEAD_DIM, BLOCK_DIM)
+    products = tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)
+    tl.store(delta + numbers + token, products, mask=valid)
+    sums = tl.load(lse + numbers + token, mask=valid, other=float("inf"))
+
+    dq = tl.zeros([QUERY_FRAMES * QUERY_ROWS * QUERY_COLUMNS, BLOCK_DIM], dtype=tl.float32)
+    for run in range(first_run, last_run):
+        key_segment = tl.load(runs + 4 * run)
+        first, cut, last = tl.load(runs + 4 * run + 1), tl.load(runs + 4 * run + 2), tl.load(runs + 4 * run + 3)
+        pair = pairs + 8 * (segment * num_segments + key_segment)
+        query_row = query_position(row0 + row, tl.load(pair), tl.load(pair + 1))
+        query_column = query_position(column0 + column, tl.load(pair + 3), tl.load(pair + 4))
+        for CUT in tl.static_range(2):
+            dq = _query_tiles(
+                dq,
+                q,
+                g,
+                sums,
+                products,
+                frame0 + frame,
+                query_row,
+                query_column,
+                cut if CUT else first,
+                last if CUT else cut,
+                key,
+                value,
+                bias,
+                places,
+                key_segments,
+                key_segment,
+                pair,
+                stride_kn,
+                stride_vn,
+                log2_scale,
+                HEAD_DIM,
+                BLOCK_DIM,
+                KEY_FRAMES,
+                KEY_ROWS,
+                KEY_COLUMNS,
+                CUT == 1,
+                ISOTROPIC,
+                TIMED,
+                HAS_BIAS,
+                PRECISION,
+            )
+
+    if HAS_POOLED:
+        pooled_key += batch * stride_pkb + head // pooled_groups * stride_pkh
+        pooled_value += batch * stride_pvb + head // pooled_groups * stride_pvh
+        cell = tl.arange(0, BLOCK_N)
+        for i in range(0, tl.cdiv(num_pooled, BLOCK_N) * is_grid):
+            there = i * BLOCK_N + cell < num_pooled
+            k_pointers = pooled_key + i * BLOCK_N * stride_pkn + cell[:, None] * stride_pkn + dim[None, :]
+            v_pointers = pooled_value + i * BLOCK_N * stride_pvn + cell[:, None] * stride_pvn + dim[None, :]
+            k = load_rows(k_pointers, there, HEAD_DIM, BLOCK_DIM)
+            v = load_rows(v_pointers, there, HEAD_DIM, BLOCK_DIM)
+            added = tl.where(there, 0.0, float("-inf"))
+            dq = _query_step(dq, q, g, k, v, sums, products, log2_scale, added, None, False, PRECISION)
+
+    dquery += batch * stride_db + head * stride_dh + token0 * stride_dn
+    store_rows(dquery + token[:, None] * stride_dn + dim[None, :], dq * scale, valid, HEAD_DIM, BLOCK_DIM)

@@ -1,0 +1,112 @@
+"""Where the tokens of a tile lie in memory and which pairs of them the window joins; shared by the Triton kernels.
+
+The tables are those of `TileLists`. Letters: M tokens of a tile.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from diffusers_linattn.kernels.tile_lists import PLACE_BITS
+
+
+_BITS = tl.constexpr(PLACE_BITS)
+_MASK = tl.constexpr(2**PLACE_BITS - 1)
+
+
+@triton.jit
+def tile_coordinates(FRAMES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Frame, row and column within the tile of each of its tokens, (M,) each."""
+    token = tl.arange(0, FRAMES * ROWS * COLUMNS)
+    return token // (ROWS * COLUMNS), token // COLUMNS % ROWS, token % COLUMNS
+
+
+@triton.jit
+def load_segment(segments, index):
+    """Start, stop, tokens per frame, tokens per row, rows and columns of a segment."""
+    row = segments + 6 * index
+    return tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), tl.load(row + 4), tl.load(row + 5)
+
+
+@triton.jit
+def load_item(items, index):
+    """Segment, frame, row, column, first run, last run + 1, slot and whether it is a grid."""
+    row = items + 8 * index
+    return (
+        tl.load(row),
+        tl.load(row + 1),
+        tl.load(row + 2),
+        tl.load(row + 3),
+        tl.load(row + 4),
+        tl.load(row + 5),
+        tl.load(row + 6),
+        tl.load(row + 7),
+    )
+
+
+@triton.jit
+def load_place(places, index):
+    """Frame, row and column of a visited tile's first token."""
+    place = tl.load(places + index)
+    return (place >> (2 * _BITS)).to(tl.int32), ((place >> _BITS) & _MASK).to(tl.int32), (place & _MASK).to(tl.int32)
+
+
+@triton.jit
+def load_rows(pointers, valid, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    """(M, BLOCK_DIM) vectors, 0 where a token or a channel does not exist."""
+    if HEAD_DIM == BLOCK_DIM:
+        return tl.load(pointers, mask=valid[:, None], other=0.0)
+    dim = tl.arange(0, BLOCK_DIM)
+    return tl.load(pointers, mask=valid[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def store_rows(pointers, x, valid, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    """The inverse of `load_rows`, in the pointers' dtype."""
+    dim = tl.arange(0, BLOCK_DIM)
+    tl.store(pointers, x.to(pointers.dtype.element_ty), mask=valid[:, None] & (dim < HEAD_DIM)[None, :])
+
+
+@triton.jit
+def query_position(token, numerator, denominator):
+    """Twice the denominator times the position in the key's grid, an integer in fp32: see `_pair_row`."""
+    return (2 * token + 1).to(tl.float32) * numerator - denominator
+
+
+@triton.jit
+def key_position(token, denominator):
+    """Twice the denominator times the position."""
+    return (2 * token).to(tl.float32) * denominator
+
+
+@triton.jit
+def load_scales(pair):
+    """What `in_window` compares with: row unit, column unit, temporal window, limit."""
+    return tl.load(pair + 2), tl.load(pair + 5), tl.load(pair + 6), tl.load(pair + 7)
+
+
+@triton.jit
+def in_window(
+    row_a,
+    row_b,
+    column_a,
+    column_b,
+    frame_a,
+    frame_b,
+    row_unit,
+    column_unit,
+    frames,
+    limit,
+    ISOTROPIC: tl.constexpr,
+    TIMED: tl.constexpr,
+):
+    """Whether a pair of tokens sees each other; the arguments broadcast against each other."""
+    dy, dx = row_a - row_b, column_a - column_b
+    if ISOTROPIC:
+        visible = dy * dy + dx * dx < limit / row_unit
+    else:
+        visible = dy * dy * row_unit + dx * dx * column_unit < limit
+    if TIMED:
+        visible = visible & (tl.abs(frame_a - frame_b).to(tl.float32) < frames)
+    return visible

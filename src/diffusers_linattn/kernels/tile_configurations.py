@@ -1,0 +1,127 @@
+"""How many tokens a tile has and how a kernel is launched: chosen by head_dim, dtype, window and chip, never by timing.
+
+Each entry is compiled for every chip in `tests/test_triton_compile.py`, which asserts that it needs no more registers
+and shared memory than there are.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from diffusers_linattn.kernels.tile_lists import Shape, TileLists, list_tiles
+from diffusers_linattn.layout import TokenLayout
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Tokens of a tile of the side that owns the programs and of the one that is visited; warps; pipeline stages."""
+
+    owner: int
+    other: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """The launches of one call."""
+
+    forward: Tiles
+    query_gradient: Tiles
+    key_gradients: Tiles
+
+
+# Shapes of a tile by its tokens, in families that suit different grids: pictures, single rows (or columns that are
+# written as such), video seen over few frames and over many.
+FAMILIES: dict[str, dict[int, Shape]] = {
+    "picture": {128: (1, 16, 8), 64: (1, 8, 8), 32: (1, 4, 8), 16: (1, 4, 4)},
+    "row": {128: (1, 1, 128), 64: (1, 1, 64), 32: (1, 1, 32), 16: (1, 1, 16)},
+    "video": {128: (2, 8, 8), 64: (2, 4, 8), 32: (2, 4, 4), 16: (2, 2, 4)},
+    "long video": {128: (4, 4, 8), 64: (4, 4, 4), 32: (4, 2, 4), 16: (4, 2, 2)},
+}
+
+# Below this much shared memory per block, in bytes (consumer chips have 99 KB), tiles are smaller.
+_LARGE_SHARED = 160 * 1024
+# From this much on (Hopper and later have 227 KB) keys come in tiles as large as those of queries.
+_LARGER_SHARED = 200 * 1024
+
+
+@functools.lru_cache(maxsize=64)
+def choose_configuration(head_dim: int, dtype: torch.dtype, window: int, shared: int) -> Configuration:
+    """The launches for a head_dim, dtype, window radius and bytes of shared memory per block; 0 is the interpreter.
+
+    Example:
+        >>> choose_configuration(128, torch.bfloat16, 16, 232448).forward
+        Tiles(owner=128, other=128, warps=8, stages=2)
+    """
+    if not shared:
+        small = Tiles(32, 16, 4, 1)
+        return Configuration(small, small, small)
+    large = shared >= _LARGE_SHARED
+    block = block_dim(head_dim)
+    if dtype == torch.float32:
+        if block <= 64:
+            return Configuration(Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 2))
+        if block == 128:
+            return Configuration(Tiles(64, 32, 8, 2), Tiles(32, 32, 8, 2), Tiles(32, 32, 8, 2))
+        return Configuration(Tiles(32, 16, 8, 2), Tiles(32, 16, 8, 1), Tiles(32, 16, 8, 1))
+    if block <= 64:
+        return Configuration(Tiles(128, 64, 4, 3), Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 2))
+    if block == 128 and large:
+        # A window of 8 cuts many 16 x 8 tiles of keys that 8 x 8 tiles leave out; from 16 on they visit the same.
+        wide = shared >= _LARGER_SHARED and window >= 16
+        forward = Tiles(128, 128, 8, 2) if wide else Tiles(128, 64, 8, 3)
+        return Configuration(forward, Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 2))
+    if block == 128:
+        return Configuration(Tiles(128, 32, 8, 2), Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 2))
+    if large:
+        return Configuration(Tiles(64, 64, 8, 2), Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 2))
+    return Configuration(Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1))
+
+
+def block_dim(head_dim: int) -> int:
+    """Channels that a kernel computes with: the next power of two, at least 16."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+@functools.lru_cache(maxsize=64)
+def choose_family(layout: TokenLayout, window: int, temporal_window: int | None, owner: int, other: int) -> str:
+    """The shapes of tiles that visit the fewest pairs of tokens.
+
+    Example:
+        >>> choose_family(TokenLayout.image((1, 64, 64)), 8, None, 128, 64)
+        'picture'
+        >>> choose_family(TokenLayout.image((1, 1, 4096)), 8, None, 128, 64)
+        'row'
+    """
+    sizes = [segment.grid for segment in layout.grids if segment.grid is not None]
+    families = ["picture"]
+    if any(min(rows, columns) < 8 for _, rows, columns in sizes):
+        families.append("row")
+    if any(frames > 1 for frames, _, _ in sizes):
+        families += ["video", "long video"]
+    return min(
+        families,
+        key=lambda name: list_tiles(
+            layout, window, temporal_window, FAMILIES[name][owner], FAMILIES[name][other]
+        ).num_pairs,
+    )
+
+
+def plan(
+    layout: TokenLayout,
+    window: int,
+    temporal_window: int | None,
+    tiles: Tiles,
+    *,
+    owners_are_keys: bool = False,
+    num_pooled: int = 0,
+) -> tuple[TileLists, Shape, Shape]:
+    """The lists of one launch and the shapes of its tiles, the owner's first."""
+    # The relation is nearly symmetric, so that the family with the fewest pairs is that of both directions.
+    family = FAMILIES[choose_family(layout, window, temporal_window, tiles.owner, tiles.other)]
+    owner, other = family[tiles.owner], family[tiles.other]
+    return list_tiles(layout, window, temporal_window, owner, other, owners_are_keys, num_pooled), owner, other
