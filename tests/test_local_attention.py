@@ -150,6 +150,12 @@ def test_dense(impl, pooled, mask):
     check(layout, window=30, temporal_window=2, batch=2, pooled=pooled, mask=mask, impl=impl)
 
 
+@pytest.mark.parametrize("mask", [None, "keys", "pairwise additive", "all keys hidden"])
+@pytest.mark.parametrize("pooled", [0, 5], ids=["", "pooled"])
+def test_dense_under_the_window_as_a_mask(pooled, mask):
+    check(LAYOUTS["video with a reference"], window=3, temporal_window=2, batch=2, pooled=pooled, mask=mask, impl="dense")
+
+
 @pytest.mark.parametrize("count", [1, 3, 10**6])
 def test_any_number_of_tiles_per_call(count, monkeypatch):
     layout = TokenLayout.joint(text=5, grid=(1, 10, 75))
@@ -299,8 +305,12 @@ ERRORS = {
     "window": ({"window": 0}, "window must be an integer of at least 1, got 0"),
     "fractional window": ({"window": 2.5}, "window must be an integer"),
     "temporal window": ({"temporal_window": 0}, "temporal_window must be an integer of at least 1"),
-    "impl": ({"impl": "fast"}, "Unknown impl 'fast': expected one of None, 'tiled', 'dense', 'reference'"),
-    "dense": ({"impl": "dense"}, "would be another function"),
+    "impl": ({"impl": "fast"}, "Unknown impl 'fast': expected one of None, 'triton', 'tiled', 'dense', 'reference'"),
+    "triton": ({"impl": "triton"}, "impl='triton' cannot answer this call: (Triton is not inst|it needs an NVIDIA GPU)"),
+    "triton, pairwise mask": (
+        {"impl": "triton", "mask": torch.ones(95, 95, dtype=torch.bool)},
+        "it takes a mask of keys.* use impl='tiled'",
+    ),
     "mask": ({"mask": torch.ones(3, dtype=torch.bool)}, "does not broadcast"),
     "mask with gradient": ({"mask": torch.zeros(95, requires_grad=True)}, "requires a gradient"),
     "pooled alone": ({"pooled_key": torch.randn(1, HEADS, 2, DIM)}, "got only one of them"),

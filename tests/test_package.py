@@ -26,6 +26,7 @@ SOURCE = ROOT / "src" / "diffusers_linattn"
 # A module may import from its own layer and from those before it.
 LAYERS = [
     {"layout", "version"},
+    {"kernels"},
     {"ops", "models", "files", "evaluate"},
     {"tracker"},
     {"processors"},

@@ -94,7 +94,8 @@ def _implementation(layer: Layer) -> str:
             return f"was converted, then replaced by a {type(layer.attn.processor).__name__}"
         return "dense"
     layouts = tracker.last.get(layer.scope) if tracker is not None else None
-    found = [layer.processor.implementation(layout) for layout in layouts or (None,)]
+    device = next((parameter.device for parameter in layer.attn.parameters()), None)
+    found = [layer.processor.implementation(layout, device) for layout in layouts or (None,)]
     return " or ".join(dict.fromkeys(found))
 
 

@@ -201,7 +201,7 @@ class _Call:
         # What torch does in a product of fp32 matrices.
         tf32 = query.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
         self.precision = "tf32" if tf32 else "ieee"
-        self.configuration = _configuration(query, window)
+        self.configuration = _configuration(query)
 
     def key_gradients(
         self,
@@ -273,11 +273,12 @@ def _tables(lists: TileLists, device: torch.device) -> tuple[torch.Tensor, ...]:
     return lists.to(device)
 
 
-def _configuration(query: torch.Tensor, window: int) -> Configuration:
-    shared = 0
+def _configuration(query: torch.Tensor) -> Configuration:
+    chip = 0
     if query.device.type == "cuda":
-        shared = torch.cuda.get_device_properties(query.device).shared_memory_per_block_optin
-    return choose_configuration(query.shape[3], query.dtype, window, shared)
+        major, minor = torch.cuda.get_device_capability(query.device)
+        chip = 10 * major + minor
+    return choose_configuration(query.shape[3], query.dtype, chip)
 
 
 def _log2_bias(mask: torch.Tensor) -> torch.Tensor:

@@ -14,11 +14,12 @@ import triton.language as tl
 from diffusers_linattn.kernels.tile_addressing import (
     in_window,
     key_position,
-    load_item,
     load_place,
     load_rows,
+    load_runs,
     load_scales,
     load_segment,
+    own_tile,
     query_position,
     store_rows,
     tile_coordinates,
@@ -186,16 +187,12 @@ def forward_kernel(
     if HAS_BIAS:
         bias += batch * stride_bb + head * stride_bh
 
-    segment, frame0, row0, column0, first_run, last_run, _, is_grid = load_item(items, tl.program_id(0))
-    start, stop, frame_tokens, row_tokens, height, width = load_segment(query_segments, segment)
-    frame, row, column = tile_coordinates(QUERY_FRAMES, QUERY_ROWS, QUERY_COLUMNS)
-    dim = tl.arange(0, BLOCK_DIM)
-    token0 = (start + frame0 * frame_tokens + row0 * row_tokens + column0).to(tl.int64)
-    token = frame * frame_tokens + row * row_tokens + column
-    valid = (row0 + row < height) & (column0 + column < width) & (token0 + token < stop)
-    q = load_rows(
-        query + token0 * stride_qn + token[:, None] * stride_qn + dim[None, :], valid, HEAD_DIM, BLOCK_DIM
+    segment, first_run, last_run, _, is_grid = load_runs(items, tl.program_id(0))
+    token0, token, valid, frame, row, column = own_tile(
+        items, tl.program_id(0), query_segments, QUERY_FRAMES, QUERY_ROWS, QUERY_COLUMNS
     )
+    dim = tl.arange(0, BLOCK_DIM)
+    q = load_rows(query + token0 * stride_qn + token[:, None] * stride_qn + dim[None, :], valid, HEAD_DIM, BLOCK_DIM)
 
     acc = tl.zeros([BLOCK_M, BLOCK_DIM], dtype=tl.float32)
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
@@ -204,15 +201,15 @@ def forward_kernel(
         key_segment = tl.load(runs + 4 * run)
         first, cut, last = tl.load(runs + 4 * run + 1), tl.load(runs + 4 * run + 2), tl.load(runs + 4 * run + 3)
         pair = pairs + 8 * (segment * num_segments + key_segment)
-        query_row = query_position(row0 + row, tl.load(pair), tl.load(pair + 1))
-        query_column = query_position(column0 + column, tl.load(pair + 3), tl.load(pair + 4))
+        query_row = query_position(row, tl.load(pair), tl.load(pair + 1))
+        query_column = query_position(column, tl.load(pair + 3), tl.load(pair + 4))
         for CUT in tl.static_range(2):
             acc, total, peak = _attend_tiles(
                 acc,
                 total,
                 peak,
                 q,
-                frame0 + frame,
+                frame,
                 query_row,
                 query_column,
                 cut if CUT else first,
@@ -254,6 +251,9 @@ def forward_kernel(
 
     sees = total > 0
     acc = acc / tl.where(sees, total, 1.0)[:, None]
+    token0, token, valid, _, _, _ = own_tile(
+        items, tl.program_id(0), query_segments, QUERY_FRAMES, QUERY_ROWS, QUERY_COLUMNS
+    )
     out += batch * stride_ob + head * stride_oh + token0 * stride_on
     store_rows(out + token[:, None] * stride_on + dim[None, :], acc, valid, HEAD_DIM, BLOCK_DIM)
     lse += tl.program_id(1).to(tl.int64) * num_tokens + token0

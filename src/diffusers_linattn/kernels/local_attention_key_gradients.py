@@ -13,11 +13,12 @@ import triton.language as tl
 from diffusers_linattn.kernels.tile_addressing import (
     in_window,
     key_position,
-    load_item,
     load_place,
     load_rows,
+    load_runs,
     load_scales,
     load_segment,
+    own_tile,
     query_position,
     store_rows,
     tile_coordinates,
@@ -167,13 +168,11 @@ def key_gradients_kernel(
     BLOCK_N: tl.constexpr = KEY_FRAMES * KEY_ROWS * KEY_COLUMNS
     batch, head = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
 
-    segment, frame0, row0, column0, first_run, last_run, slot, _ = load_item(items, tl.program_id(0))
-    start, stop, frame_tokens, row_tokens, height, width = load_segment(key_segments, segment)
-    frame, row, column = tile_coordinates(KEY_FRAMES, KEY_ROWS, KEY_COLUMNS)
+    segment, first_run, last_run, slot, _ = load_runs(items, tl.program_id(0))
+    token0, token, valid, frame, row, column = own_tile(
+        items, tl.program_id(0), key_segments, KEY_FRAMES, KEY_ROWS, KEY_COLUMNS
+    )
     dim = tl.arange(0, BLOCK_DIM)
-    token0 = (start + frame0 * frame_tokens + row0 * row_tokens + column0).to(tl.int64)
-    token = frame * frame_tokens + row * row_tokens + column
-    valid = (row0 + row < height) & (column0 + column < width) & (token0 + token < stop)
     key += batch * stride_kb + head * stride_kh + token0 * stride_kn
     value += batch * stride_vb + head * stride_vh + token0 * stride_vn
     k = load_rows(key + token[:, None] * stride_kn + dim[None, :], valid, HEAD_DIM, BLOCK_DIM)
@@ -202,9 +201,9 @@ def key_gradients_kernel(
                     k,
                     v,
                     added,
-                    frame0 + frame,
-                    key_position(row0 + row, tl.load(pair + 1)),
-                    key_position(column0 + column, tl.load(pair + 4)),
+                    frame,
+                    key_position(row, tl.load(pair + 1)),
+                    key_position(column, tl.load(pair + 4)),
                     cut if CUT else first,
                     last if CUT else cut,
                     query + query_head * stride_qh,
@@ -229,6 +228,9 @@ def key_gradients_kernel(
                     PRECISION,
                 )
 
+    token0, token, valid, frame, row, column = own_tile(
+        items, tl.program_id(0), key_segments, KEY_FRAMES, KEY_ROWS, KEY_COLUMNS
+    )
     if slot >= 0:
         place = (tl.program_id(1).to(tl.int64) * slots + slot) * BLOCK_N * BLOCK_DIM
         offsets = tl.arange(0, BLOCK_N)[:, None] * BLOCK_DIM + dim[None, :]

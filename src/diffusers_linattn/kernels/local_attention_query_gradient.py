@@ -13,11 +13,12 @@ import triton.language as tl
 from diffusers_linattn.kernels.tile_addressing import (
     in_window,
     key_position,
-    load_item,
     load_place,
     load_rows,
+    load_runs,
     load_scales,
     load_segment,
+    own_tile,
     query_position,
     store_rows,
     tile_coordinates,
@@ -25,9 +26,7 @@ from diffusers_linattn.kernels.tile_addressing import (
 
 
 @triton.jit
-def _query_step(
-    dq, q, dout, k, v, lse, delta, scale, column, visible, CUT: tl.constexpr, PRECISION: tl.constexpr
-):
+def _query_step(dq, q, dout, k, v, lse, delta, scale, column, visible, CUT: tl.constexpr, PRECISION: tl.constexpr):
     """Add N keys' part to the gradient of the queries, (M, D)."""
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + column[None, :]
     if CUT:
@@ -186,13 +185,11 @@ def query_gradient_kernel(
     if HAS_BIAS:
         bias += batch * stride_bb + head * stride_bh
 
-    segment, frame0, row0, column0, first_run, last_run, _, is_grid = load_item(items, tl.program_id(0))
-    start, stop, frame_tokens, row_tokens, height, width = load_segment(query_segments, segment)
-    frame, row, column = tile_coordinates(QUERY_FRAMES, QUERY_ROWS, QUERY_COLUMNS)
+    segment, first_run, last_run, _, is_grid = load_runs(items, tl.program_id(0))
+    token0, token, valid, frame, row, column = own_tile(
+        items, tl.program_id(0), query_segments, QUERY_FRAMES, QUERY_ROWS, QUERY_COLUMNS
+    )
     dim = tl.arange(0, BLOCK_DIM)
-    token0 = (start + frame0 * frame_tokens + row0 * row_tokens + column0).to(tl.int64)
-    token = frame * frame_tokens + row * row_tokens + column
-    valid = (row0 + row < height) & (column0 + column < width) & (token0 + token < stop)
     query += batch * stride_qb + head * stride_qh + token0 * stride_qn
     out += batch * stride_ob + head * stride_oh + token0 * stride_on
     dout += batch * stride_gb + head * stride_gh + token0 * stride_gn
@@ -209,8 +206,8 @@ def query_gradient_kernel(
         key_segment = tl.load(runs + 4 * run)
         first, cut, last = tl.load(runs + 4 * run + 1), tl.load(runs + 4 * run + 2), tl.load(runs + 4 * run + 3)
         pair = pairs + 8 * (segment * num_segments + key_segment)
-        query_row = query_position(row0 + row, tl.load(pair), tl.load(pair + 1))
-        query_column = query_position(column0 + column, tl.load(pair + 3), tl.load(pair + 4))
+        query_row = query_position(row, tl.load(pair), tl.load(pair + 1))
+        query_column = query_position(column, tl.load(pair + 3), tl.load(pair + 4))
         for CUT in tl.static_range(2):
             dq = _query_tiles(
                 dq,
@@ -218,7 +215,7 @@ def query_gradient_kernel(
                 g,
                 sums,
                 products,
-                frame0 + frame,
+                frame,
                 query_row,
                 query_column,
                 cut if CUT else first,
@@ -258,5 +255,8 @@ def query_gradient_kernel(
             added = tl.where(there, 0.0, float("-inf"))
             dq = _query_step(dq, q, g, k, v, sums, products, log2_scale, added, None, False, PRECISION)
 
+    token0, token, valid, _, _, _ = own_tile(
+        items, tl.program_id(0), query_segments, QUERY_FRAMES, QUERY_ROWS, QUERY_COLUMNS
+    )
     dquery += batch * stride_db + head * stride_dh + token0 * stride_dn
     store_rows(dquery + token[:, None] * stride_dn + dim[None, :], dq * scale, valid, HEAD_DIM, BLOCK_DIM)

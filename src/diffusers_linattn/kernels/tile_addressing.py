@@ -30,19 +30,34 @@ def load_segment(segments, index):
 
 
 @triton.jit
-def load_item(items, index):
-    """Segment, frame, row, column, first run, last run + 1, slot and whether it is a grid."""
-    row = items + 8 * index
-    return (
-        tl.load(row),
-        tl.load(row + 1),
-        tl.load(row + 2),
-        tl.load(row + 3),
-        tl.load(row + 4),
-        tl.load(row + 5),
-        tl.load(row + 6),
-        tl.load(row + 7),
+def load_runs(items, index):
+    """Segment, first run, last run + 1, slot and whether the item lies in a grid."""
+    item = items + 8 * index
+    return tl.load(item), tl.load(item + 4), tl.load(item + 5), tl.load(item + 6), tl.load(item + 7)
+
+
+@triton.jit
+def own_tile(items, index, segments, FRAMES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The tile of an item: its first token (int64), the others counted from it (M,), which exist, frame, row, column.
+
+    Kernels call this before and after their loops instead of keeping the result, which costs registers. The loads are
+    volatile so that the compiler does not keep it either.
+    """
+    item = items + 8 * index
+    row = segments + 6 * tl.load(item, volatile=True)
+    frame0, row0, column0 = (
+        tl.load(item + 1, volatile=True),
+        tl.load(item + 2, volatile=True),
+        tl.load(item + 3, volatile=True),
     )
+    start, stop = tl.load(row, volatile=True), tl.load(row + 1, volatile=True)
+    frame_tokens, row_tokens = tl.load(row + 2, volatile=True), tl.load(row + 3, volatile=True)
+    height, width = tl.load(row + 4, volatile=True), tl.load(row + 5, volatile=True)
+    frame, row, column = tile_coordinates(FRAMES, ROWS, COLUMNS)
+    token0 = start + frame0 * frame_tokens + row0 * row_tokens + column0
+    token = frame * frame_tokens + row * row_tokens + column
+    valid = (row0 + row < height) & (column0 + column < width) & (token0 + token < stop)
+    return token0.to(tl.int64), token, valid, frame0 + frame, row0 + row, column0 + column
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""How many tokens a tile has and how a kernel is launched: chosen by head_dim, dtype, window and chip, never by timing.
+"""How many tokens a tile has and how a kernel is launched: chosen by head_dim, dtype and chip, never by timing.
 
 Each entry is compiled for every chip in `tests/test_triton_compile.py`, which asserts that it needs no more registers
 and shared memory than there are.
@@ -43,43 +43,40 @@ FAMILIES: dict[str, dict[int, Shape]] = {
     "long video": {128: (4, 4, 8), 64: (4, 4, 4), 32: (4, 2, 4), 16: (4, 2, 2)},
 }
 
-# Below this much shared memory per block, in bytes (consumer chips have 99 KB), tiles are smaller.
-_LARGE_SHARED = 160 * 1024
-# From this much on (Hopper and later have 227 KB) keys come in tiles as large as those of queries.
-_LARGER_SHARED = 200 * 1024
+# Chips with 99 KB of shared memory per block: consumer cards. The others have 163 KB (sm_80) or 227 KB.
+_SMALL_CHIPS = (86, 87, 89, 120, 121)
 
 
 @functools.lru_cache(maxsize=64)
-def choose_configuration(head_dim: int, dtype: torch.dtype, window: int, shared: int) -> Configuration:
-    """The launches for a head_dim, dtype, window radius and bytes of shared memory per block; 0 is the interpreter.
+def choose_configuration(head_dim: int, dtype: torch.dtype, chip: int) -> Configuration:
+    """The launches for a head_dim and dtype on a chip, given as its compute capability times 10; 0: the interpreter.
 
     Example:
-        >>> choose_configuration(128, torch.bfloat16, 16, 232448).forward
-        Tiles(owner=128, other=128, warps=8, stages=2)
+        >>> choose_configuration(128, torch.bfloat16, 90).forward
+        Tiles(owner=128, other=64, warps=8, stages=3)
     """
-    if not shared:
-        small = Tiles(32, 16, 4, 1)
+    if not chip:
+        small = Tiles(64, 32, 4, 1)
         return Configuration(small, small, small)
-    large = shared >= _LARGE_SHARED
     block = block_dim(head_dim)
     if dtype == torch.float32:
         if block <= 64:
             return Configuration(Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 2))
-        if block == 128:
+        if block == 128 and chip not in _SMALL_CHIPS:
             return Configuration(Tiles(64, 32, 8, 2), Tiles(32, 32, 8, 2), Tiles(32, 32, 8, 2))
-        return Configuration(Tiles(32, 16, 8, 2), Tiles(32, 16, 8, 1), Tiles(32, 16, 8, 1))
+        return Configuration(Tiles(32, 16, 8, 1), Tiles(32, 16, 8, 1), Tiles(32, 16, 8, 1))
     if block <= 64:
-        return Configuration(Tiles(128, 64, 4, 3), Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 2))
-    if block == 128 and large:
-        # A window of 8 cuts many 16 x 8 tiles of keys that 8 x 8 tiles leave out; from 16 on they visit the same.
-        wide = shared >= _LARGER_SHARED and window >= 16
-        forward = Tiles(128, 128, 8, 2) if wide else Tiles(128, 64, 8, 3)
-        return Configuration(forward, Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 2))
+        keys = Tiles(128, 64, 8, 2) if chip == 90 else Tiles(128, 32, 8, 2)
+        return Configuration(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), keys)
     if block == 128:
-        return Configuration(Tiles(128, 32, 8, 2), Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 2))
-    if large:
-        return Configuration(Tiles(64, 64, 8, 2), Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 2))
-    return Configuration(Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1))
+        if chip == 90:
+            return Configuration(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 2))
+        if chip in _SMALL_CHIPS:
+            return Configuration(Tiles(128, 32, 8, 2), Tiles(128, 32, 8, 2), Tiles(64, 32, 8, 2))
+        return Configuration(Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 2), Tiles(64, 64, 8, 2))
+    if chip in _SMALL_CHIPS:
+        return Configuration(Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1))
+    return Configuration(Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 2))
 
 
 def block_dim(head_dim: int) -> int:
@@ -105,9 +102,9 @@ def choose_family(layout: TokenLayout, window: int, temporal_window: int | None,
         families += ["video", "long video"]
     return min(
         families,
-        key=lambda name: list_tiles(
-            layout, window, temporal_window, FAMILIES[name][owner], FAMILIES[name][other]
-        ).num_pairs,
+        key=lambda name: (
+            list_tiles(layout, window, temporal_window, FAMILIES[name][owner], FAMILIES[name][other]).num_pairs
+        ),
     )
 
 

@@ -29,8 +29,8 @@ def check_attention_inputs(
     layout: TokenLayout,
     mask: torch.Tensor | None = None,
     enable_gqa: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Check shapes against each other and against the layout; return key and value with as many heads as query."""
+) -> None:
+    """Check shapes against each other and against the layout."""
     if query.ndim != 4 or key.ndim != 4 or value.ndim != 4:
         raise ValueError(
             "Expected (batch, heads, tokens, head_dim) tensors, got "
@@ -67,6 +67,8 @@ def check_attention_inputs(
                 f"query has {query.shape[1]} heads and key {key.shape[1]}: pass enable_gqa=True and a number of query "
                 "heads that is a multiple of the key heads."
             )
-        groups = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    return key, value
+
+
+def repeat_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """`x` with that many heads, each of its own repeated; itself where it has them already."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)

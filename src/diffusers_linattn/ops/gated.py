@@ -9,7 +9,7 @@ import torch
 
 from diffusers_linattn.layout import TokenLayout
 from diffusers_linattn.ops import reference
-from diffusers_linattn.ops.checks import check_attention_inputs, check_choice
+from diffusers_linattn.ops.checks import check_attention_inputs, check_choice, repeat_heads
 from diffusers_linattn.ops.features import FeatureMapArgument, full_precision, resolve_feature_map
 from diffusers_linattn.ops.gated_chunked import DIRECTIONS, ORDERS, describe_path, gated_scan, scan_path
 from diffusers_linattn.ops.linear import blend_with_text, with_text_queries
@@ -95,7 +95,8 @@ def gated_linear_attention(
             "or a layout of image tokens alone."
         )
     key_heads = key.shape[1] if key.ndim == 4 else 0
-    key, value = check_attention_inputs(query, key, value, layout, mask, enable_gqa)
+    check_attention_inputs(query, key, value, layout, mask, enable_gqa)
+    key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
     of_query, of_key = (full_precision, full_precision) if feature_map is None else resolve_feature_map(feature_map)
     phi_q, phi_k = of_query(query), of_key(key)
     gate = _check_gate(gate, phi_k, key_heads).to(phi_k.dtype)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from diffusers_linattn.layout import TokenLayout
 from diffusers_linattn.ops import reference
-from diffusers_linattn.ops.checks import check_attention_inputs, check_choice, check_positive_int
+from diffusers_linattn.ops.checks import check_attention_inputs, check_choice, check_positive_int, repeat_heads
 from diffusers_linattn.ops.features import FeatureMapArgument, full_precision, resolve_feature_map
 from diffusers_linattn.ops.local_tiled import masked_sdpa
 from diffusers_linattn.ops.masks import KeyMask, reduce_to_key_mask, take
@@ -70,7 +70,8 @@ def linear_attention(
         torch.Size([1, 2, 31, 16])
     """
     check_choice("impl", impl, IMPLEMENTATIONS)
-    key, value = check_attention_inputs(query, key, value, layout, mask, enable_gqa)
+    check_attention_inputs(query, key, value, layout, mask, enable_gqa)
+    key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
     of_query, of_key = resolve_feature_map(feature_map)
     grid_query, grid_key, grid_value = query, key, value
     if heads is not None and heads != query.shape[1]:

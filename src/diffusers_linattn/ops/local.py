@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
+from diffusers_linattn.kernels.local_attention import local_attention_triton
 from diffusers_linattn.layout import TokenLayout
 from diffusers_linattn.ops import reference
-from diffusers_linattn.ops.checks import check_attention_inputs, check_choice, check_positive_int
+from diffusers_linattn.ops.checks import check_attention_inputs, check_choice, check_positive_int, repeat_heads
+from diffusers_linattn.ops.local_choice import choose_impl, why_not_triton, window_covers
 from diffusers_linattn.ops.local_tiled import local_attention_tiled, masked_sdpa
 
 
-IMPLS = ("tiled", "dense", "reference")
+IMPLS = ("triton", "tiled", "dense", "reference")
 
 
 def local_attention(
@@ -49,17 +53,20 @@ def local_attention(
             gives 0. No gradient flows to it.
         scale: Factor of the scores; `None` is `head_dim**-0.5`.
         enable_gqa: Allow fewer key heads than query heads, each shared by a group of query heads.
-        impl: `"tiled"` (time and memory linear in the grid), `"dense"` (one `scaled_dot_product_attention`, only
-            where the window covers everything) or `"reference"`; `None` takes `"dense"` where it is the same function.
+        impl: `"triton"` (one kernel on an NVIDIA GPU; masks of keys only, value_dim equal to head_dim, both at most
+            256), `"tiled"` (PyTorch on every device; like `"triton"` linear in the grid in time and memory),
+            `"dense"` (one `scaled_dot_product_attention`, with the window as a mask of all pairs where it leaves
+            keys out) or `"reference"`. `None` takes `"dense"` where the window covers everything, else `"tiled"`, and
+            on a GPU that `"triton"` runs on, `"triton"` where [`window_wins`], `"dense"` where not.
 
     Returns:
-        (batch, heads, tokens, value_dim) in the dtype of query. `"tiled"` lays it out in memory as
+        (batch, heads, tokens, value_dim) in the dtype of query. `"triton"` and `"tiled"` lay it out in memory as
         (batch, tokens, heads, value_dim), so that merging the heads afterwards copies nothing.
 
     Raises:
         ValueError: Shapes or dtypes that do not fit each other or the layout; a window below 1; only one of
-            `pooled_key` and `pooled_value`; a mask that requires a gradient; an unknown `impl`, or `"dense"` where the
-            window leaves keys out.
+            `pooled_key` and `pooled_value`; a mask that requires a gradient; an unknown `impl`, or `"triton"` for a
+            call or a device that it cannot answer.
 
     Example:
         >>> import torch
@@ -76,15 +83,22 @@ def local_attention(
         check_positive_int("temporal_window", temporal_window)
     if mask is not None and mask.requires_grad:
         raise ValueError("The mask requires a gradient, which local_attention does not compute: pass mask.detach().")
-    expanded = check_attention_inputs(query, key, value, layout, mask, enable_gqa)
+    check_attention_inputs(query, key, value, layout, mask, enable_gqa)
     pooled_key, pooled_value = _check_pooled(query, key, value, pooled_key, pooled_value)
-    key, value = expanded
     while mask is not None and mask.ndim < 4:
         mask = mask[None]
     scale = query.shape[-1] ** -0.5 if scale is None else scale
 
     if impl is None:
-        impl = "dense" if window_covers(layout, window, temporal_window) else "tiled"
+        impl = choose_impl(query, value, layout, window, temporal_window, mask)
+    if impl == "triton":
+        reason = why_not_triton(query, value, mask)
+        if reason is not None:
+            raise ValueError(f"impl='triton' cannot answer this call: {reason}.")
+        settings = (layout.encode(), window, temporal_window, scale)
+        return local_attention_triton(query, key, value, pooled_key, pooled_value, mask, *settings)[0]
+    heads = query.shape[1]
+    key, value, pooled_key, pooled_value = (repeat_heads(x, heads) for x in (key, value, pooled_key, pooled_value))
     if impl == "reference":
         return reference.local_attention(
             query,
@@ -102,39 +116,25 @@ def local_attention(
         settings = (layout.encode(), window, temporal_window, scale)
         return local_attention_tiled(query, key, value, pooled_key, pooled_value, mask, *settings)
     if not window_covers(layout, window, temporal_window):
-        raise ValueError(
-            f"impl='dense' sees every token, but {window=}, {temporal_window=} leaves out keys of the layout "
-            f"({layout}): that would be another function. Use impl='tiled', or a window that covers the grids."
-        )
+        mask = _with_window(mask, _window_mask(layout, window, temporal_window, query.device))
     return _dense(query, key, value, layout, pooled_key, pooled_value, mask, scale)
 
 
-def window_covers(layout: TokenLayout, window: int, temporal_window: int | None = None) -> bool:
-    """Whether every query sees every key, so that [`local_attention`] is plain attention.
-
-    Example:
-        >>> from diffusers_linattn import TokenLayout
-        >>> layout = TokenLayout.image((1, 4, 5))  # the farthest tokens are 3 rows and 4 columns apart
-        >>> window_covers(layout, 5), window_covers(layout, 6)
-        (False, True)
-    """
-    for queries in layout.grids:
-        for keys in layout.grids:
-            assert queries.grid is not None
-            assert keys.grid is not None
-            (frames, *query_size), (_, *key_size) = queries.grid, keys.grid
-            dy, dx = (_farthest(q, k) for q, k in zip(query_size, key_size, strict=True))
-            if dy**2 + dx**2 >= window**2:
-                return False
-            if temporal_window is not None and queries == keys and frames > temporal_window:
-                return False
-    return True
+def _window_mask(layout: TokenLayout, window: int, temporal_window: int | None, device: torch.device) -> torch.Tensor:
+    """The window as a boolean mask of all pairs, (tokens, tokens)."""
+    # Sizes are symbolic while a compiled block is traced; elsewhere every layer asks for the same mask.
+    mask = reference.local_mask if torch.compiler.is_compiling() else _cached_window_mask
+    return mask(layout, window, temporal_window, device)
 
 
-def _farthest(queries: int, keys: int) -> float:
-    """The largest distance along one axis, with the reference's float operations, so that ties fall the same way."""
-    first, last = 0.5 * keys / queries - 0.5, (queries - 0.5) * keys / queries - 0.5
-    return max(last, keys - 1 - first)
+_cached_window_mask = functools.lru_cache(maxsize=2)(reference.local_mask)
+
+
+def _with_window(mask: torch.Tensor | None, visible: torch.Tensor) -> torch.Tensor:
+    """A boolean or additive mask, 4 dimensions, with what the window leaves out hidden as well."""
+    if mask is None:
+        return visible[None, None]
+    return mask & visible if mask.dtype == torch.bool else mask.masked_fill(~visible, float("-inf"))
 
 
 def _check_pooled(
@@ -144,11 +144,11 @@ def _check_pooled(
     pooled_key: torch.Tensor | None,
     pooled_value: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pooled keys and values with as many heads as query; without any, tensors of 0 tokens."""
+    """Pooled keys and values that fit the others; without any, tensors of 0 tokens."""
     if (pooled_key is None) != (pooled_value is None):
         raise ValueError("Pass both pooled_key and pooled_value or neither: got only one of them.")
     if pooled_key is None or pooled_value is None:
-        batch, heads = query.shape[:2]
+        batch, heads = key.shape[:2]
         return query.new_empty(batch, heads, 0, key.shape[3]), query.new_empty(batch, heads, 0, value.shape[3])
     if pooled_key.ndim != 4 or pooled_key.shape[:3] != pooled_value.shape[:3]:
         raise ValueError(
@@ -168,12 +168,9 @@ def _check_pooled(
         raise ValueError(
             f"All tensors must share a dtype: {query.dtype=}, {pooled_key.dtype=}, {pooled_value.dtype=}."
         )
-    groups = query.shape[1] // pooled_key.shape[1]
     if pooled_key.shape[1] not in (key.shape[1], query.shape[1]):
         raise ValueError(f"key has {key.shape[1]} heads and pooled_key {pooled_key.shape[1]}: expected as many.")
-    if groups == 1:
-        return pooled_key, pooled_value
-    return pooled_key.repeat_interleave(groups, 1), pooled_value.repeat_interleave(groups, 1)
+    return pooled_key, pooled_value
 
 
 def _dense(

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from diffusers_linattn.kernels.local_attention import why_not
 from diffusers_linattn.layout import Segment, TokenLayout
 from diffusers_linattn.ops.checks import check_positive_int
-from diffusers_linattn.ops.local import local_attention, window_covers
+from diffusers_linattn.ops.local import local_attention
+from diffusers_linattn.ops.local_choice import window_covers, window_wins
 from diffusers_linattn.ops.masks import key_visibility
 from diffusers_linattn.processors.attention_call import AttentionCall
 from diffusers_linattn.processors.base import BaseProcessor
@@ -26,7 +28,8 @@ class ClearProcessor(BaseProcessor):
         temporal_window (`int`, *optional*): For video: frames with `|t - t'| < temporal_window`; `None` sees all.
         reset_projections (`bool`, *optional*, defaults to `False`): Start the layer's query, key, value and output
             projections afresh instead of inheriting them.
-        impl (`str`, *optional*): `"tiled"`, `"dense"` or `"reference"`; `None` chooses.
+        impl (`str`, *optional*): `"triton"`, `"tiled"`, `"dense"` or `"reference"`, see `local_attention`; `None`
+            chooses.
 
     Raises:
         ValueError: An argument out of its range.
@@ -37,7 +40,7 @@ class ClearProcessor(BaseProcessor):
         ClearProcessor(window=8, down_factor=4, temporal_window=None, reset_projections=False, impl=None)
     """
 
-    impls = ("tiled", "dense", "reference")
+    impls = ("triton", "tiled", "dense", "reference")
 
     def __init__(
         self,
@@ -79,13 +82,17 @@ class ClearProcessor(BaseProcessor):
             impl=self.impl,
         )
 
-    def implementation(self, layout: TokenLayout | None) -> str:
+    def implementation(self, layout: TokenLayout | None, device: torch.device | None = None) -> str:
         if self.impl is not None:
             return self.impl
+        pooled = ", with pooled keys" if self.down_factor > 1 else ""
         if layout is not None and window_covers(layout, self.window, self.temporal_window):
-            pooled = ", with pooled keys" if self.down_factor > 1 else ""
             return f"dense{pooled} (the window covers the grid)"
-        return "tiled"
+        if device is None or device.type != "cuda" or why_not(str(device)) is not None:
+            return "tiled"
+        if layout is not None and not window_wins(layout, self.window, self.temporal_window):
+            return f"dense{pooled}, masked (the window leaves out too little to win)"
+        return "triton"
 
 
 class KeyValuePool(nn.Module):
