@@ -1,6 +1,6 @@
 """Compiles the kernels of windowed attention for chips that this machine does not have, and reads what they need.
 
-    python tests/compile_kernels.py            # a table: registers, stack, shared memory, asynchronous copies
+python tests/compile_kernels.py            # a table: registers, stack, shared memory, asynchronous copies
 """
 
 from __future__ import annotations
@@ -30,13 +30,15 @@ class Compiled:
 
     registers: int
     stack: int
-    spills: int
+    spills: int  # loads and stores of local memory in the machine code
     shared: int
-    copies: int  # asynchronous copies to shared memory
+    loops: int  # innermost loops with a matrix product
+    asynchronous: int  # how many of them copy to shared memory asynchronously
     products: str  # the matrix instruction
 
     def __str__(self) -> str:
-        return f"{self.registers:4} {self.stack:5} {self.spills:6} {self.shared:7} {self.copies:6}  {self.products}"
+        loops = f"{self.asynchronous} of {self.loops}"
+        return f"{self.registers:4} {self.stack:5} {self.spills:6} {self.shared:7} {loops}  {self.products}"
 
 
 def launches(head_dim: int, dtype: torch.dtype, chip: int) -> dict[str, Tiles]:
@@ -117,7 +119,6 @@ def _type(argument: str, element: str, constants: dict[str, Any]) -> str:
 def _read(compiled: Any) -> Compiled:
     import triton
 
-    ptx = compiled.asm["ptx"]
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     cuobjdump = tools / "cuobjdump" if (tools / "cuobjdump").exists() else shutil.which("cuobjdump")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -125,26 +126,44 @@ def _read(compiled: Any) -> Compiled:
         file.flush()
         command = [str(cuobjdump), "--dump-resource-usage", file.name]
         usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        # Local memory of the machine code: what is spilled is stored there.
         sass = subprocess.run([str(cuobjdump), "-sass", file.name], capture_output=True, text=True).stdout
-    numbers = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
-    copies = len(re.findall(r"cp\.async\.(?:cg|ca|bulk)", ptx))
-    found = re.findall(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync", ptx)
+    numbers = {key: int(value) for key, value in re.findall(r"\b(REG|STACK):(\d+)", usage)}
+    found = re.findall(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync", compiled.asm["ptx"])
+    loops = _loops_with_products(compiled.asm["ttgir"])
     return Compiled(
         numbers["REG"],
         numbers["STACK"],
-        len(re.findall(r"\b(?:STL|LDL)\b", sass)) + numbers.get("LOCAL", 0),
+        len(re.findall(r"\b(?:STL|LDL)\b", sass)),
         compiled.metadata.shared,
-        copies,
+        len(loops),
+        sum(loops),
         max(set(found), key=found.count) if found else "none",
     )
+
+
+def _loops_with_products(code: str) -> list[bool]:
+    """For each innermost loop with a matrix product, whether it copies asynchronously."""
+    found, indents, body = [], [], []
+    for line in code.splitlines():
+        indent = len(line) - len(line.lstrip())
+        if "scf.for" in line:
+            indents.append(indent)
+            body = []
+        elif indents and indent == indents[-1] and line.strip().startswith("}"):
+            indents.pop()
+            if any("dot" in text or "mma" in text for text in body):
+                found.append(any("async_copy_global_to_local" in text for text in body))
+            body = []  # what encloses a loop is not innermost
+        else:
+            body.append(line)
+    return found
 
 
 def main() -> None:
     import triton
 
     print(f"triton {triton.__version__}")
-    print("chip dim dtype kernel                 owner x other warps stages  regs stack spills  shared copies")
+    print("chip dim dtype kernel                 owner x other warps stages  regs stack spills  shared async loops")
     for chip in CHIPS:
         for head_dim in (64, 128):
             for dtype in (torch.bfloat16, torch.float16):

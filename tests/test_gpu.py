@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 
 from diffusers_linattn import (
     ClearProcessor,
@@ -54,6 +55,121 @@ def test_operators_and_gradients(operator: str, layout: str, dtype: torch.dtype)
     for ours, same, exact in zip(results["ours"], results["same dtype"], results["exact"], strict=True):
         floor = 1e-5 * exact.abs().max()
         assert (ours - exact).abs().max() <= 2 * (same - exact).abs().max() + floor
+
+
+def results_and_gradients(impl: str, kind: torch.dtype, inputs: list, layout: TokenLayout, **kwargs: Any) -> list:
+    """Output and gradients of query, key, value and, if there are, pooled keys and values."""
+    leaves = [x.to(kind).requires_grad_() for x in inputs]
+    if len(leaves) == 5:
+        kwargs |= {"pooled_key": leaves[3], "pooled_value": leaves[4]}
+    output = local_attention(*leaves[:3], layout, impl=impl, **kwargs)
+    weight = torch.linspace(-1, 1, output.numel(), device="cuda").reshape(output.shape).to(kind)
+    return [output.detach(), *torch.autograd.grad((output * weight).sum(), leaves)]
+
+
+def check_kernel(layout: TokenLayout, dtype: torch.dtype, dim: int = 64, pooled: int = 0, **kwargs: Any) -> None:
+    """Against fp64, with memory that held NaN; the error may be twice that of the reference in the same dtype."""
+    sizes = [layout.length] * 3 + [pooled] * 2 * bool(pooled)
+    inputs = [torch.randn(2, n, 3, dim, dtype=dtype, device="cuda").transpose(1, 2) for n in sizes]
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    try:
+        ours = results_and_gradients("triton", dtype, inputs, layout, **kwargs)
+        again = results_and_gradients("triton", dtype, inputs, layout, **kwargs)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    same = results_and_gradients("reference", dtype, inputs, layout, **kwargs)
+    exact = results_and_gradients("reference", torch.float64, inputs, layout, **kwargs)
+    for a, b, s, e in zip(ours, again, same, exact, strict=True):
+        assert torch.equal(a, b)
+        error, allowed = (a.double() - e).abs().max(), 2 * (s.double() - e).abs().max()
+        assert error <= allowed + 1e-6 * e.abs().max().clamp_min(1), f"{error:.1e}, allowed {allowed:.1e}"
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dim", [16, 24, 32, 40, 64, 72, 80, 96, 128, 160, 192, 256])
+def test_kernel_at_every_head_dim(dim: int, dtype: torch.dtype, seed: int) -> None:
+    torch.manual_seed(seed)
+    check_kernel(TokenLayout.joint(text=77, grid=(1, 33, 39)), dtype, dim, window=7)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("window", [1, 8, 16, 32])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_kernel_on_every_layout(layout: str, window: int, dtype: torch.dtype) -> None:
+    tokens = LAYOUTS[layout]
+    mask = torch.rand(2, 1, 1, tokens.length, device="cuda") > 0.2
+    check_kernel(tokens, dtype, window=window)
+    check_kernel(tokens, dtype, 128, pooled=70, window=window, mask=mask, temporal_window=2)
+
+
+@pytest.mark.parametrize("text", [0, 1, 512, 4096])
+def test_kernel_and_text_of_any_length(text: int) -> None:
+    check_kernel(TokenLayout.joint(text=text, grid=(1, 21, 27)), torch.bfloat16, 128, window=5)
+
+
+def test_kernel_in_tf32() -> None:
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        check_kernel(LAYOUTS["reference"], torch.float32, window=6)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def test_kernel_shares_key_heads() -> None:
+    layout = LAYOUTS["text 77, 24x40"]
+    shape = (2, layout.length, 6, 128)
+    query, key, value = (torch.randn(shape, dtype=torch.bfloat16, device="cuda").transpose(1, 2) for _ in range(3))
+    inputs = [query, key[:, ::3], value[:, ::3]]
+    ours = results_and_gradients("triton", torch.bfloat16, inputs, layout, window=6, enable_gqa=True)
+    exact = results_and_gradients("reference", torch.float64, inputs, layout, window=6, enable_gqa=True)
+    for a, e in zip(ours, exact, strict=True):
+        assert (a - e).norm() <= 1e-2 * e.norm()
+
+
+def test_kernel_is_chosen_and_captured_in_a_graph() -> None:
+    layout = TokenLayout.joint(text=64, grid=(1, 96, 96))
+    shape = (1, layout.length, 4, 128)
+    inputs = [torch.randn(shape, dtype=torch.bfloat16, device="cuda").transpose(1, 2) for _ in range(3)]
+    leaves = [x.requires_grad_() for x in inputs]
+
+    def step() -> list[torch.Tensor]:
+        output = local_attention(*leaves, layout, window=8)
+        return [output, *torch.autograd.grad(output.square().sum(), leaves)]
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        for x in leaves:
+            x.copy_(torch.randn_like(x))
+    graph.replay()
+    for a, b in zip(captured, step(), strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(captured[0], local_attention(*leaves, layout, window=8, impl="triton"))
+
+
+def test_kernel_compiles_whole_for_all_sizes() -> None:
+    def attend(query: torch.Tensor, text: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+        layout = TokenLayout.joint(text=text.shape[0], grid=(1, grid.shape[0], grid.shape[1]))
+        return local_attention(query, query, query, layout, window=4)
+
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+    compiled = torch.compile(attend, backend=counter, fullgraph=True, dynamic=True)
+    for text, height, width in [(7, 65, 72), (5, 79, 64), (9, 86, 97)]:
+        query = torch.randn(1, 2, text + height * width, 64, dtype=torch.bfloat16, device="cuda")
+        shapes = torch.empty(text), torch.empty(height, width)
+        torch.testing.assert_close(compiled(query, *shapes), attend(query, *shapes))
+    assert counter.frame_count <= 2
 
 
 @pytest.mark.parametrize(

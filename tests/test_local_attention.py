@@ -45,7 +45,7 @@ def make_inputs(layout, dtype=torch.float64, batch=1, heads=HEADS, key_heads=Non
     return tensors + ([tensor(key_heads, pooled), tensor(key_heads, pooled)] if pooled else [None, None])
 
 
-def make_mask(form, layout, batch, dtype):
+def make_mask(form, layout, batch, dtype, heads=HEADS):
     n, generator = layout.length, torch.Generator().manual_seed(1)
 
     def random(*shape):
@@ -56,9 +56,9 @@ def make_mask(form, layout, batch, dtype):
     if form == "keys, 2 dimensions":
         return random(1, n) > 0.3
     if form == "additive":
-        return random(batch, HEADS, 1, n).to(dtype)
+        return random(batch, heads, 1, n).to(dtype)
     if form == "pairwise":
-        return random(1, HEADS, n, n) > 0.3
+        return random(1, heads, n, n) > 0.3
     if form == "pairwise additive":
         return random(batch, 1, n, n).to(dtype)
     if form == "all keys hidden":
@@ -77,11 +77,14 @@ def run(function, tensors, layout, dtype=None, **kwargs):
     return [out.detach()] + [x.grad for x in tensors if x is not None]
 
 
-def check(layout, dtype=torch.float64, batch=1, pooled=0, mask=None, impl="tiled", **kwargs):
-    """The error may be twice that of the reference in the same dtype, both measured against the reference in fp64."""
-    tensors = make_inputs(layout, dtype, batch, pooled=pooled)
+def check(layout, dtype=torch.float64, batch=1, pooled=0, mask=None, impl="tiled", slack=1, heads=HEADS, **kwargs):
+    """The error may be twice that of the reference in the same dtype, both measured against the reference in fp64.
+
+    `slack` is how many roundings of the largest number are allowed besides, for results that cancel to nearly nothing.
+    """
+    tensors = make_inputs(layout, dtype, batch, heads, pooled=pooled)
     if isinstance(mask, str):
-        mask = make_mask(mask, layout, batch, dtype)
+        mask = make_mask(mask, layout, batch, dtype, heads)
     actual = run(local_attention, tensors, layout, mask=mask, impl=impl, **kwargs)
     eager = run(reference.local_attention, tensors, layout, mask=mask, **kwargs)
     truth = run(reference.local_attention, tensors, layout, torch.float64, mask=mask, **kwargs)
@@ -89,7 +92,7 @@ def check(layout, dtype=torch.float64, batch=1, pooled=0, mask=None, impl="tiled
     for name, a, e, t in zip(names, actual, eager, truth, strict=False):
         assert a.dtype == dtype
         error, allowed = (a.double() - t).abs().max(), 2 * (e.double() - t).abs().max()
-        floor = max(torch.finfo(dtype).eps, 1e-12) * t.abs().max().clamp_min(1)
+        floor = slack * max(torch.finfo(dtype).eps, 1e-12) * t.abs().max().clamp_min(1)
         assert error <= allowed + floor, f"{name}: {error:.1e}, allowed {allowed:.1e} + {floor:.1e}"
 
 
@@ -153,7 +156,9 @@ def test_dense(impl, pooled, mask):
 @pytest.mark.parametrize("mask", [None, "keys", "pairwise additive", "all keys hidden"])
 @pytest.mark.parametrize("pooled", [0, 5], ids=["", "pooled"])
 def test_dense_under_the_window_as_a_mask(pooled, mask):
-    check(LAYOUTS["video with a reference"], window=3, temporal_window=2, batch=2, pooled=pooled, mask=mask, impl="dense")
+    check(
+        LAYOUTS["video with a reference"], window=3, temporal_window=2, batch=2, pooled=pooled, mask=mask, impl="dense"
+    )
 
 
 @pytest.mark.parametrize("count", [1, 3, 10**6])
@@ -306,7 +311,10 @@ ERRORS = {
     "fractional window": ({"window": 2.5}, "window must be an integer"),
     "temporal window": ({"temporal_window": 0}, "temporal_window must be an integer of at least 1"),
     "impl": ({"impl": "fast"}, "Unknown impl 'fast': expected one of None, 'triton', 'tiled', 'dense', 'reference'"),
-    "triton": ({"impl": "triton"}, "impl='triton' cannot answer this call: (Triton is not inst|it needs an NVIDIA GPU)"),
+    "triton": (
+        {"impl": "triton"},
+        "impl='triton' cannot answer this call: (Triton is not inst|it needs an NVIDIA GPU)",
+    ),
     "triton, pairwise mask": (
         {"impl": "triton", "mask": torch.ones(95, 95, dtype=torch.bool)},
         "it takes a mask of keys.* use impl='tiled'",

@@ -66,8 +66,8 @@ def local_attention_triton(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`reference.local_attention` on checked arguments, and the base-2 logarithm of each query's sum of exponentials.
 
-    query is (B, H, N, D), key and value (B, key heads, N, D), pooled_key and pooled_value (B, key heads | H, P, D) with
-    P = 0 where there are none, mask (B | 1, H | 1, 1, N), `layout` is `TokenLayout.encode()`. The output is
+    query is (B, H, N, D), key and value (B, key heads, N, D), pooled_key and pooled_value (B, key heads | H, P, D)
+    with P = 0 where there are none, mask (B | 1, H | 1, 1, N), `layout` is `TokenLayout.encode()`. The output is
     (B, H, N, D) in the memory order of (B, N, H, D), the second result fp32 (B, H, N), +inf for queries that see
     nothing.
     """

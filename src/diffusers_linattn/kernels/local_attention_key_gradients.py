@@ -1,8 +1,11 @@
 """The gradients of keys and values of windowed attention; see `local_attention_query_gradient` for queries.
 
 A program owns a tile of keys and walks the queries that see it, with scores transposed, (keys, queries), so that no
-product has to transpose a result first. Letters: M queries of a tile, N keys of a tile, D channels of a head. Scores are
-in units of log 2.
+product has to transpose a result first; in some versions of Triton that also gives wrong numbers on Hopper. The keys
+that every query sees have long lists: these are split over several programs, whose partial sums are added afterwards in
+a fixed order. Without atomics, every run gives the same bits.
+
+Letters: M queries of a tile, N keys of a tile, D channels of a head. Scores are in units of log 2.
 """
 
 from __future__ import annotations

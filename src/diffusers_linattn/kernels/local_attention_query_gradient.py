@@ -1,8 +1,6 @@
 """The gradient of queries of windowed attention; see `local_attention_key_gradients` for keys and values.
 
-The first owns tiles of queries and walks their keys as the forward pass does. The second owns tiles of keys and walks
-the queries that see them, with scores transposed, (keys, queries), so that no product has to transpose a result first.
-Letters: M queries of a tile, N keys of a tile, D channels of a head. Scores are in units of log 2.
+A program owns a tile of queries and walks their keys as the forward pass does. Letters: M queries of a tile, N keys of a tile, D channels of a head. Scores are in units of log 2.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ def choose_configuration(head_dim: int, dtype: torch.dtype, chip: int) -> Config
         Tiles(owner=128, other=64, warps=8, stages=3)
     """
     if not chip:
-        small = Tiles(64, 32, 4, 1)
+        small = Tiles(128, 64, 4, 1)
         return Configuration(small, small, small)
     block = block_dim(head_dim)
     if dtype == torch.float32:
@@ -73,6 +73,8 @@ def choose_configuration(head_dim: int, dtype: torch.dtype, chip: int) -> Config
             return Configuration(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 2))
         if chip in _SMALL_CHIPS:
             return Configuration(Tiles(128, 32, 8, 2), Tiles(128, 32, 8, 2), Tiles(64, 32, 8, 2))
+        if chip >= 100:
+            return Configuration(Tiles(128, 32, 8, 3), Tiles(64, 64, 8, 2), Tiles(64, 32, 8, 2))
         return Configuration(Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 2), Tiles(64, 64, 8, 2))
     if chip in _SMALL_CHIPS:
         return Configuration(Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1))

@@ -1,0 +1,38 @@
+"""The Triton kernels compiled for chips that need not be there: registers, shared memory, asynchronous copies."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import pytest
+import torch
+
+import compile_kernels
+
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton"),
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels are not compiled"),
+]
+
+CASES = [(chip, dim, torch.bfloat16) for chip in compile_kernels.CHIPS for dim in (64, 128)]
+CASES += [(90, 128, torch.float16)]
+
+
+@pytest.mark.parametrize(("chip", "head_dim", "dtype"), CASES, ids=str)
+def test_no_spills_and_asynchronous_copies(chip: int, head_dim: int, dtype: torch.dtype) -> None:
+    for name, tiles in compile_kernels.launches(head_dim, dtype, chip).items():
+        result = compile_kernels.compile_kernel(name, tiles, head_dim, dtype, chip)
+        assert result.spills == 0, f"{name}: {result}"
+        assert result.shared <= compile_kernels.CHIPS[chip], f"{name}: {result}"
+        assert result.loops == result.asynchronous == 2, f"{name}: {result}"
+
+
+@pytest.mark.parametrize("flags", [{"HAS_BIAS": True}, {"HAS_POOLED": True}, {"ISOTROPIC": False}], ids=str)
+def test_variants_fit(flags: dict[str, bool]) -> None:
+    for name, tiles in compile_kernels.launches(128, torch.bfloat16, 90).items():
+        result = compile_kernels.compile_kernel(name, tiles, 128, torch.bfloat16, 90, **flags)
+        assert result.shared <= compile_kernels.CHIPS[90], f"{name}: {result}"
+        assert result.loops == result.asynchronous >= 2, f"{name}: {result}"

@@ -1,0 +1,214 @@
+"""The Triton kernels of windowed attention in Triton's interpreter, on a CPU, against `ops/reference.py`.
+
+    TRITON_INTERPRET=1 pytest tests/test_triton_local_attention.py
+
+The variable has to be set before the kernels are imported, so that this is a run of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import pytest
+import torch
+
+from diffusers_linattn.kernels import local_attention as kernels
+from diffusers_linattn.kernels import tile_configurations, tile_lists
+from diffusers_linattn.kernels.tile_configurations import Configuration, Tiles, choose_configuration
+from diffusers_linattn.layout import TokenLayout
+from diffusers_linattn.ops import reference
+from diffusers_linattn.ops.local import local_attention
+
+from test_local_attention import DIM, HEADS, LAYOUTS, make_inputs, make_mask, run
+from test_local_attention import check as check_impl
+
+
+# The products and their sum are rounded in an order of their own.
+check = functools.partial(check_impl, impl="triton", slack=4, heads=1)
+
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
+
+SMALL = {
+    "odd": TokenLayout.joint(text=5, grid=(1, 11, 13)),
+    "text around": LAYOUTS["text around"],
+    "references": TokenLayout.joint(text=3, grid=(1, 9, 10), references=[(1, 5, 14), (2, 3, 4)]),
+    "small": TokenLayout.joint(text=3, grid=(1, 5, 9)),
+}
+
+
+@pytest.fixture
+def _fresh_plans():
+    """For tests that change how plans are made."""
+    caches = (tile_lists.list_tiles, tile_configurations.choose_family, choose_configuration)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name not in ("exact tiles", "long text first")])
+def test_matches_reference(name):
+    check(LAYOUTS[name], torch.float32, window=4)
+
+
+@pytest.mark.parametrize("layout", SMALL.values(), ids=SMALL.keys())
+def test_fp16_pooled_keys_and_batch(layout):
+    check(layout, torch.float16, batch=2, heads=2, window=3, pooled=5, scale=0.1)
+
+
+@pytest.mark.parametrize("window", [1, 30])
+def test_windows_of_one_token_and_of_everything(window):
+    check(SMALL["odd"], torch.float32, window=window)
+
+
+@pytest.mark.parametrize("form", ["keys", "additive", "all keys hidden"])
+def test_masks_of_keys(form):
+    check(SMALL["text around"], torch.float32, batch=2, heads=2, window=3, pooled=5, mask=form)
+
+
+def test_hidden_rows_are_zero():
+    layout = SMALL["small"]
+    mask = make_mask("all keys hidden", layout, 1, torch.float32)
+    out, *grads = run(
+        local_attention, make_inputs(layout, torch.float32, heads=1), layout, window=3, mask=mask, impl="triton"
+    )
+    assert not out.any()
+    assert not any(grad.any() for grad in grads)
+
+
+@pytest.mark.parametrize("family", ["video", "long video", "picture"])
+@pytest.mark.parametrize("temporal_window", [2, None])
+@pytest.mark.usefixtures("_fresh_plans")
+def test_video(family, temporal_window, monkeypatch):
+    monkeypatch.setattr(tile_configurations, "choose_family", lambda *_: family)
+    layout = TokenLayout.joint(text=6, grid=(5, 7, 6), text_first=False)
+    check(layout, torch.float32, window=3, temporal_window=temporal_window)
+
+
+@pytest.mark.parametrize("tiles", [(16, 32), (64, 32)], ids=str)
+@pytest.mark.usefixtures("_fresh_plans")
+def test_sizes_of_tiles(tiles, monkeypatch):
+    chosen = Tiles(*tiles, 4, 1)
+    monkeypatch.setattr(kernels, "choose_configuration", lambda *_: Configuration(chosen, chosen, chosen))
+    check(SMALL["odd"], torch.float32, window=3)
+
+
+@pytest.mark.parametrize("pooled", [0, 70], ids=["", "pooled"])
+@pytest.mark.usefixtures("_fresh_plans")
+def test_keys_seen_by_all_are_split_over_queries(pooled, monkeypatch):
+    monkeypatch.setattr(tile_lists, "_SHORTEST_PART", 2)
+    layout = TokenLayout.of([("text", 4), ("image", (1, 11, 12)), ("text", 70)])
+    lists, *_ = tile_configurations.plan(layout, 3, None, Tiles(128, 64, 4, 1), owners_are_keys=True)
+    assert lists.parts > 1
+    check(layout, torch.float32, window=3, pooled=pooled)
+
+
+@pytest.mark.parametrize("pooled_heads", [2, 4])
+def test_gqa(pooled_heads):
+    layout = SMALL["small"]
+    tensors = make_inputs(layout, torch.float32, heads=4, key_heads=2, pooled=5)
+    if pooled_heads == 4:
+        tensors[3:] = [x.repeat_interleave(2, 1) for x in tensors[3:]]
+    expanded = [x if x.shape[1] == 4 else x.repeat_interleave(2, 1) for x in tensors]
+    actual = run(local_attention, tensors, layout, window=3, enable_gqa=True, impl="triton")
+    expected = run(reference.local_attention, expanded, layout, window=3)
+    for a, b in zip(actual, expected, strict=True):
+        if a.shape != b.shape:
+            b = b.unflatten(1, (2, 2)).sum(2)
+        torch.testing.assert_close(a, b, atol=3e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dim", [24, 72])
+def test_head_dims_that_are_no_power_of_two(dim):
+    layout = TokenLayout.joint(text=3, grid=(1, 9, 10))
+    tensors = [torch.randn(1, layout.length, 1, dim).transpose(1, 2) for _ in range(3)] + [None, None]
+    actual = run(local_attention, tensors, layout, window=3, impl="triton")
+    for a, b in zip(actual, run(reference.local_attention, tensors, layout, window=3), strict=True):
+        torch.testing.assert_close(a, b, atol=3e-6, rtol=1e-5)
+
+
+def test_strides_of_any_kind():
+    """Slices of one fused projection, channels apart, and a gradient that is one number everywhere."""
+    layout = SMALL["small"]
+    fused = torch.randn(1, layout.length, 3, HEADS, DIM)
+    tensors = [fused[:, :, i].transpose(1, 2) for i in range(3)]
+    tensors[2] = tensors[2].transpose(2, 3).contiguous().transpose(2, 3)
+    expected = local_attention(*tensors, layout, window=3, impl="reference")
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    out = local_attention(*leaves, layout, window=3, impl="triton")
+    assert out.transpose(1, 2).is_contiguous()
+    torch.testing.assert_close(out, expected)
+    out.sum().backward()
+    torch.testing.assert_close(leaves[2].grad.sum(), torch.tensor(float(expected.numel())))
+
+
+def test_same_bits_in_every_run_and_no_number_left_unwritten():
+    layout = SMALL["references"]
+    tensors = make_inputs(layout, torch.float32, heads=1, pooled=5)
+    expected = run(local_attention, tensors, layout, window=3, impl="triton")
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    try:
+        actual = run(local_attention, tensors, layout, window=3, impl="triton")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for a, b in zip(actual, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_gradients_numerically():
+    """A directional derivative in fp32; gradcheck's fp64 is no dtype of the kernels."""
+    layout = SMALL["small"]
+    tensors = make_inputs(layout, torch.float32, heads=1, pooled=3)
+    directions = [torch.randn_like(x) for x in tensors]
+
+    def loss(step):
+        moved = [x + step * d for x, d in zip(tensors, directions, strict=True)]
+        out = local_attention(*moved[:3], layout, window=3, pooled_key=moved[3], pooled_value=moved[4], impl="triton")
+        return out.double().square().mean()
+
+    step = torch.zeros((), requires_grad=True)
+    (slope,) = torch.autograd.grad(loss(step), step)
+    numeric = (loss(1e-2) - loss(-1e-2)) / 2e-2
+    torch.testing.assert_close(slope.double(), numeric, rtol=5e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("mask", [None, "keys"])
+def test_operator_registration(mask):
+    layout = SMALL["small"]
+    tensors = make_inputs(layout, torch.float32, heads=1, pooled=3)
+    mask = mask and make_mask(mask, layout, 1, torch.float32)
+    tensors = [x.requires_grad_() for x in tensors]
+    operator = torch.ops.diffusers_linattn.local_attention_triton.default
+    torch.library.opcheck(operator, (*tensors, mask, layout.encode(), 3, None, 0.25))
+
+
+def test_compiles_whole_and_exports():
+    def attend(query, key, value, text, grid):
+        layout = TokenLayout.joint(text=text.shape[0], grid=(1, grid.shape[0], grid.shape[1]))
+        return local_attention(query, key, value, layout, window=3, impl="triton")
+
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(attend, backend=counter, fullgraph=True, dynamic=True)
+    for text, height, width in [(7, 5, 12), (5, 9, 4), (9, 6, 7)]:
+        layout = TokenLayout.joint(text=text, grid=(1, height, width))
+        inputs = make_inputs(layout, torch.float32, heads=1)[:3]
+        shapes = torch.empty(text), torch.empty(height, width)
+        results = []
+        for function in (compiled, attend):
+            leaves = [x.clone().requires_grad_() for x in inputs]
+            out = function(*leaves, *shapes)
+            out.square().sum().backward()
+            results.append([out] + [x.grad for x in leaves])
+        torch.testing.assert_close(*results)
+    assert counter.frame_count == 1
+
+    class Attend(torch.nn.Module):
+        forward = staticmethod(attend)
+
+    program = torch.export.export(Attend(), (*inputs, *shapes))
+    assert "local_attention_triton" in str(program.graph)
+    torch.testing.assert_close(program.module()(*inputs, *shapes), attend(*inputs, *shapes))
