@@ -2,8 +2,8 @@
 
 A program owns a tile of keys and walks the queries that see it, with scores transposed, (keys, queries), so that no
 product has to transpose a result first; in some versions of Triton that also gives wrong numbers on Hopper. The keys
-that every query sees have long lists: these are split over several programs, whose partial sums are added afterwards in
-a fixed order. Without atomics, every run gives the same bits.
+that every query sees have long lists: these are split over several programs, whose partial sums are added afterwards
+in a fixed order. Without atomics, every run gives the same bits.
 
 Letters: M queries of a tile, N keys of a tile, D channels of a head. Scores are in units of log 2.
 """

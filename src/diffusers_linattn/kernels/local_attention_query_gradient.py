@@ -1,6 +1,7 @@
 """The gradient of queries of windowed attention; see `local_attention_key_gradients` for keys and values.
 
-A program owns a tile of queries and walks their keys as the forward pass does. Letters: M queries of a tile, N keys of a tile, D channels of a head. Scores are in units of log 2.
+A program owns a tile of queries and walks their keys as the forward pass does. Letters: M queries of a tile, N keys of
+a tile, D channels of a head. Scores are in units of log 2.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Which tiles of keys each tile of queries has to visit, and the other way round: integers on the CPU, no attention.
 
 A tile is a box (frames, rows, columns) of a grid's tokens, read where they lie in raster order. Text is a grid, too,
-one whose tiles are runs of consecutive tokens. A kernel's program gets one *item*, a tile of the side it owns (queries in
-the forward pass, keys for the gradients of keys and values), and walks the item's *runs*: lists of the other side's tiles
-in one segment, first those that lie inside the disc as a whole, which need no test per pair, then those it cuts.
+one whose tiles are runs of consecutive tokens. A kernel's program gets one *item*, a tile of the side it owns (queries
+in the forward pass, keys for the gradients of keys and values), and walks the item's *runs*: lists of the other side's
+tiles in one segment, first those that lie inside the disc as a whole, which need no test per pair, then those it cuts.
 """
 
 from __future__ import annotations
@@ -220,9 +220,9 @@ def _pair_row(owner: Segment, other: Segment, window: int, temporal_window: int 
     """How the kernels compare the positions of two grids, exactly as long as sides stay below some thousand tokens.
 
     Query row y of H lies at ((y + 1/2) H'/H - 1/2) of H' key rows. With H'/H = a/b in lowest terms, twice b times its
-    distance from key row y' is the integer (2y + 1) a - b - 2b y'. The row holds a and b of the rows, 1/(4 b²), those of
-    the columns, the temporal window and the limit of the squared distance, which lies between the last value
-    inside and the strict radius.
+    distance from key row y' is the integer (2y + 1) a - b - 2b y'. The row holds a and b of the rows, 1/(4 b²), those
+    of the columns, the temporal window and the limit of the squared distance, which lies between the last value inside
+    and the strict radius.
     """
     query, key = (other, owner) if keys_own else (owner, other)
     if query.grid is None or key.grid is None:
