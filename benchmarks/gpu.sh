@@ -1,7 +1,33 @@
 #!/usr/bin/env bash
-# Every GPU test and benchmark, in under nine minutes. Needs torch with CUDA and this package's dependencies.
+# Every GPU test and benchmark. Needs torch with CUDA, triton and this package's dependencies.
+#   benchmarks/gpu.sh            tests, operators and FLUX up to 4K, in under nine minutes
+#   benchmarks/gpu.sh tests|operators|flux|flux-8k|memory-check    one part
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH="src:${PYTHONPATH:-}"
-timeout 240 python -m pytest -m gpu tests/test_gpu.py
-timeout 270 python benchmarks/gpu.py
+
+tests() { timeout "${1:-540}" python -m pytest -m gpu tests/test_gpu.py; }
+operators() { timeout "${1:-540}" python benchmarks/gpu_windowed.py "${@:2}"; }
+flux() { timeout "${1:-540}" python benchmarks/gpu_flux.py "${@:2}"; }
+others() { timeout "${1:-540}" python benchmarks/gpu.py --sides 64 128; }
+# Reads and writes out of bounds and races, on the kernels at one small size.
+memory_check() {
+  timeout 540 compute-sanitizer --tool memcheck --error-exitcode 1 python -m pytest -m gpu tests/test_gpu.py \
+    -k "test_kernel_on_every_layout and 8 and bfloat16"
+}
+
+case "${1:-all}" in
+  all)
+    # What has been measured is stored row by row, so that a part which runs out of time loses only its last rows.
+    tests 210
+    operators 140 --sides 128 256 64 512 --seconds 0.2 || test $? -eq 124
+    others 30 || test $? -eq 124
+    flux 140 || test $? -eq 124
+    ;;
+  tests) tests ;;
+  operators) operators 540 --flex-windows 8 16 32 ;;
+  flux) flux ;;
+  flux-8k) flux 540 --sides 512 ;;
+  memory-check) memory_check ;;
+  *) echo "unknown part $1: expected tests, operators, flux, flux-8k or memory-check" >&2; exit 2 ;;
+esac

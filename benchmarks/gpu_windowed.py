@@ -3,9 +3,9 @@
     python benchmarks/gpu_windowed.py                                        # writes results/windowed-<device>.json
     TRITON_INTERPRET=1 python benchmarks/gpu_windowed.py --smoke             # runs every line on a CPU, tiny
 
-Compared are scaled_dot_product_attention over all tokens (cuDNN, flash), compiled FlexAttention over tokens in raster
-order, as CLEAR runs it, and in tile order (the permutation not counted), and NATTEN (a square window, no text) if it is
-installed. Every line is a ratio within one run; our output and gradients are checked before each.
+Compared are scaled_dot_product_attention over all tokens (cuDNN, flash), compiled FlexAttention over tokens in
+raster order, as CLEAR runs it, and in tile order (the permutation not counted), and NATTEN (a square window, no text)
+if it is installed. Every line is a ratio within one run; our output and gradients are checked before each.
 """
 
 from __future__ import annotations
@@ -120,7 +120,9 @@ def compare(arguments: argparse.Namespace, side: int, window: int, backward: boo
     mine = times.get("ours")
     if isinstance(mine, float):
         row["times_faster"] = {
-            name: round(value / mine, 3) for name, value in times.items() if isinstance(value, float) and name != "ours"
+            name: round(value / mine, 3)
+            for name, value in times.items()
+            if isinstance(value, float) and name != "ours"
         }
         row |= rates(arguments, layout, side, window, backward, mine, times)
     row["extra_megabytes"] = extra_megabytes(runs["ours"], device)
@@ -130,7 +132,7 @@ def compare(arguments: argparse.Namespace, side: int, window: int, backward: boo
 def rates(
     arguments: argparse.Namespace, layout: Any, side: int, window: int, backward: bool, mine: float, times: dict
 ) -> dict[str, float]:
-    """TFLOP/s of the pairs that count and of those computed, and the share of the rate that dense attention reaches."""
+    """TFLOP/s of the pairs that count and of those computed, and the latter's share of dense attention's rate."""
     chip = 0
     if arguments.device == "cuda":
         major, minor = torch.cuda.get_device_capability()
@@ -175,9 +177,13 @@ def write(name: str, folder: Path, report: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sides", type=int, nargs="+", default=[64, 128, 256, 512], help="sides of the grid in tokens")
+    parser.add_argument(
+        "--sides", type=int, nargs="+", default=[64, 128, 256, 512], help="sides of the grid in tokens"
+    )
     parser.add_argument("--windows", type=int, nargs="+", default=[8, 16, 32])
-    parser.add_argument("--flex-windows", type=int, nargs="*", default=[16], help="those FlexAttention is compiled for")
+    parser.add_argument(
+        "--flex-windows", type=int, nargs="*", default=[16], help="those FlexAttention is compiled for"
+    )
     parser.add_argument("--passes", nargs="+", default=["forward", "backward"])
     parser.add_argument("--seconds", type=float, default=0.5, help="about how long one row takes")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")

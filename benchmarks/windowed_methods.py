@@ -58,7 +58,9 @@ def positions(text: int, side: int, device: str, order: torch.Tensor | None = No
 
 def tile_order(side: int) -> torch.Tensor:
     """The tokens of a picture in tiles of 16 x 8, row by row inside a tile; the side divides by 16."""
-    return torch.arange(side * side).reshape(side // TILE[0], TILE[0], side // TILE[1], TILE[1]).transpose(1, 2).flatten()
+    return (
+        torch.arange(side * side).reshape(side // TILE[0], TILE[0], side // TILE[1], TILE[1]).transpose(1, 2).flatten()
+    )
 
 
 def flex(text: int, side: int, window: int, device: str, tiled: bool, compiled: bool) -> Method:
@@ -151,7 +153,9 @@ def check(text: int, side: int, window: int, q: torch.Tensor, k: torch.Tensor, v
     delta = (out.float() * grad.float()).sum(-1)
     y, x = positions(text, side, device)
     some = sorted({0, 1, side // 3, side // 2, side - 1})
-    sample = torch.tensor([0, text - 1] * (text > 0) + [text + r * side + c for r in some for c in some], device=device)
+    sample = torch.tensor(
+        [0, text - 1] * (text > 0) + [text + r * side + c for r in some for c in some], device=device
+    )
     seen = (y[sample, None] - y) ** 2 + (x[sample, None] - x) ** 2 < window**2
     seen |= (sample < text)[:, None] | (torch.arange(layout.length, device=device) < text)
     limit = 1e-4 if q.dtype == torch.float32 else 1e-2

@@ -31,6 +31,7 @@ class Compiled:
     registers: int
     stack: int
     spills: int  # loads and stores of local memory in the machine code
+    loop_spills: int  # those in innermost loops
     shared: int
     loops: int  # innermost loops with a matrix product
     asynchronous: int  # how many of them copy to shared memory asynchronously
@@ -38,7 +39,8 @@ class Compiled:
 
     def __str__(self) -> str:
         loops = f"{self.asynchronous} of {self.loops}"
-        return f"{self.registers:4} {self.stack:5} {self.spills:6} {self.shared:7} {loops}  {self.products}"
+        spills = f"{self.spills:6} {self.loop_spills:7}"
+        return f"{self.registers:4} {self.stack:5} {spills} {self.shared:7} {loops}  {self.products}"
 
 
 def launches(head_dim: int, dtype: torch.dtype, chip: int) -> dict[str, Tiles]:
@@ -133,7 +135,7 @@ def _read(compiled: Any) -> Compiled:
     return Compiled(
         numbers["REG"],
         numbers["STACK"],
-        len(re.findall(r"\b(?:STL|LDL)\b", sass)),
+        *_spills(sass),
         compiled.metadata.shared,
         len(loops),
         sum(loops),
@@ -141,21 +143,36 @@ def _read(compiled: Any) -> Compiled:
     )
 
 
+def _spills(sass: str) -> tuple[int, int]:
+    """Loads and stores of local memory, and those between an innermost backward branch and its target."""
+    code = [(int(address, 16), text) for address, text in re.findall(r"/\*([0-9a-f]{4,})\*/ +([^;]*);", sass)]
+    spills = [address for address, text in code if re.search(r"\b(?:STL|LDL)\b", text)]
+    loops = []
+    for address, text in code:
+        target = re.search(r"\bBRA\b.* 0x([0-9a-f]+)", text)
+        if target and int(target[1], 16) < address:
+            loops.append((int(target[1], 16), address))
+    inner = [(a, b) for a, b in loops if not any((a, b) != (c, d) and a <= c and d <= b for c, d in loops)]
+    return len(spills), sum(any(a <= address <= b for a, b in inner) for address in spills)
+
+
 def _loops_with_products(code: str) -> list[bool]:
     """For each innermost loop with a matrix product, whether it copies asynchronously."""
-    found, indents, body = [], [], []
+    found: list[bool] = []
+    open_loops: list[tuple[int, list[str]]] = []
+    innermost = False
     for line in code.splitlines():
         indent = len(line) - len(line.lstrip())
         if "scf.for" in line:
-            indents.append(indent)
-            body = []
-        elif indents and indent == indents[-1] and line.strip().startswith("}"):
-            indents.pop()
-            if any("dot" in text or "mma" in text for text in body):
+            open_loops.append((indent, []))
+            innermost = True
+        elif open_loops and indent == open_loops[-1][0] and line.strip().startswith("}"):
+            _, body = open_loops.pop()
+            if innermost and any(re.search(r"tt\.dot|warp_group_dot|tc_gen5_mma", text) for text in body):
                 found.append(any("async_copy_global_to_local" in text for text in body))
-            body = []  # what encloses a loop is not innermost
-        else:
-            body.append(line)
+            innermost = False
+        elif open_loops:
+            open_loops[-1][1].append(line)
     return found
 
 
@@ -163,7 +180,9 @@ def main() -> None:
     import triton
 
     print(f"triton {triton.__version__}")
-    print("chip dim dtype kernel                 owner x other warps stages  regs stack spills  shared async loops")
+    print(
+        "chip dim dtype kernel                 owner x other warps stages  regs stack spills in loop  shared async loops"
+    )
     for chip in CHIPS:
         for head_dim in (64, 128):
             for dtype in (torch.bfloat16, torch.float16):

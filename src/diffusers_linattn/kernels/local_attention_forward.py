@@ -250,7 +250,8 @@ def forward_kernel(
             acc, total, peak = _attend(acc, total, peak, q, k, v, scale, added, PRECISION, None, False)
 
     sees = total > 0
-    acc = acc / tl.where(sees, total, 1.0)[:, None]
+    total = tl.where(sees, total, 1.0)
+    acc = acc / total[:, None]
     token0, token, valid, _, _, _ = own_tile(
         items, tl.program_id(0), query_segments, QUERY_FRAMES, QUERY_ROWS, QUERY_COLUMNS
     )

@@ -24,9 +24,9 @@ Shape = tuple[int, int, int]  # frames, rows and columns of a tile
 PLACE_BITS = 21
 # What a segment counts as when its tokens are seen by all and see all.
 _EVERYTHING = 2.0**24
-# Long lists, those of keys that every query sees, are cut for parallelism: not finer than this many tiles, and into
-# few enough parts that the partial sums stay small.
-_SHORTEST_PART, _MOST_PARTS = 64, 16
+# Long lists, those of keys that every query sees, are cut for parallelism: not finer than this many tiles, into few
+# enough parts that the partial sums stay small, and not at all where there are that many programs anyway.
+_SHORTEST_PART, _MOST_PARTS, _ENOUGH_TILES = 64, 16, 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +107,7 @@ def list_tiles(
             split = 1
             if owners_are_keys:
                 all_tiles = sum(_num_tiles(s, owner) for s in owners if s.grid is None)
-                split = max(1, min(_MOST_PARTS, total // _SHORTEST_PART, -(-_SHORTEST_PART // all_tiles)))
+                split = max(1, min(_MOST_PARTS, total // _SHORTEST_PART, -(-_ENOUGH_TILES // all_tiles)))
                 parts = max(parts, split)
             for tile in range(tiles):
                 for part in range(split):
