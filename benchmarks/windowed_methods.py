@@ -64,7 +64,7 @@ def tile_order(side: int) -> torch.Tensor:
 
 
 def flex(text: int, side: int, window: int, device: str, tiled: bool, compiled: bool) -> Method:
-    """FlexAttention over tokens in raster order, as CLEAR runs it, or over tokens that the caller put in tile order."""
+    """FlexAttention over tokens in raster order, as CLEAR runs it, or over tokens put in tile order."""
     y, x = positions(text, side, device, tile_order(side) if tiled else None)
 
     def visible(b: Any, h: Any, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:

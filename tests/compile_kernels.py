@@ -180,9 +180,7 @@ def main() -> None:
     import triton
 
     print(f"triton {triton.__version__}")
-    print(
-        "chip dim dtype kernel                 owner x other warps stages  regs stack spills in loop  shared async loops"
-    )
+    print("chip dim dtype kernel                 owner x other warps stages  regs stack spills in loop  shared async")
     for chip in CHIPS:
         for head_dim in (64, 128):
             for dtype in (torch.bfloat16, torch.float16):

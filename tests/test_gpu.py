@@ -85,18 +85,21 @@ def check_kernel(layout: TokenLayout, dtype: torch.dtype, dim: int = 64, pooled:
         assert error <= allowed + 1e-6 * e.abs().max().clamp_min(1), f"{error:.1e}, allowed {allowed:.1e}"
 
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+@pytest.mark.parametrize(
+    ("dim", "dtype"),
+    # Each pair is compiled, which takes most of the time.
+    [(dim, torch.bfloat16) for dim in (16, 24, 40, 64, 72, 96, 128, 160, 256)]
+    + [(dim, torch.float16) for dim in (64, 128)]
+    + [(dim, torch.float32) for dim in (32, 64, 128, 256)],
+    ids=str,
+)
+def test_kernel_at_every_head_dim(dim: int, dtype: torch.dtype) -> None:
+    for seed in range(3):
+        torch.manual_seed(seed)
+        check_kernel(TokenLayout.joint(text=77, grid=(1, 33, 39)), dtype, dim, window=7)
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("dim", [16, 24, 32, 40, 64, 72, 80, 96, 128, 160, 192, 256])
-def test_kernel_at_every_head_dim(dim: int, dtype: torch.dtype, seed: int) -> None:
-    torch.manual_seed(seed)
-    check_kernel(TokenLayout.joint(text=77, grid=(1, 33, 39)), dtype, dim, window=7)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("window", [1, 8, 16, 32])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_kernel_on_every_layout(layout: str, window: int, dtype: torch.dtype) -> None:

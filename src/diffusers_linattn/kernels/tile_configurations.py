@@ -78,7 +78,7 @@ def choose_configuration(head_dim: int, dtype: torch.dtype, chip: int) -> Config
         return Configuration(Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 2), Tiles(64, 32, 8, 2))
     if chip in _SMALL_CHIPS:
         return Configuration(Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1))
-    return Configuration(Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 2))
+    return Configuration(Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 2), Tiles(32, 32, 8, 2))
 
 
 def block_dim(head_dim: int) -> int:
