@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import torch._dynamo.testing
 
 from diffusers_linattn.kernels.tile_configurations import FAMILIES, choose_family
 from diffusers_linattn.kernels.tile_lists import PLACE_BITS, list_tiles
@@ -122,3 +123,17 @@ def test_dense_attention_only_where_the_window_leaves_out_too_little() -> None:
             if not math.isclose(gain, 4 / 3, rel_tol=0.1):
                 assert window_wins(layout, window) == (gain > 4 / 3), (grid, window, gain)
     assert not window_wins(TokenLayout.joint(text=512, grid=(1, 64, 64)), 32)
+
+
+def test_the_rule_takes_symbolic_sizes() -> None:
+    def wins(text: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+        layout = TokenLayout.joint(text=text.shape[0], grid=(1, grid.shape[0], grid.shape[1]))
+        return grid + 1 if window_wins(layout, 8) else grid
+
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(wins, backend=counter, fullgraph=True, dynamic=True)
+    for text, height, width in [(7, 60, 62), (9, 70, 64), (31, 64, 81), (12, 63, 66)]:
+        assert compiled(torch.zeros(text), torch.zeros(height, width)).all()
+    assert not compiled(torch.zeros(7), torch.zeros(12, 13)).any()
+    assert counter.frame_count == 2

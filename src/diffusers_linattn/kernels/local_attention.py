@@ -32,6 +32,11 @@ _LOG2_E = math.log2(math.e)
 @torch.compiler.assume_constant_result
 def why_not(device: str) -> str | None:
     """Why the kernels cannot run on a device, as the rest of a sentence; `None` if they can."""
+    return _why_not(device)
+
+
+@functools.cache
+def _why_not(device: str) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install triton"
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -137,7 +142,7 @@ def local_attention_triton_backward(
     _, key, value, pooled_key, pooled_value = call.tensors
     dkey, dvalue = call.key_gradients(key, value, grad, lse, delta, pooled=False)
     if not call.num_pooled:
-        return dquery, dkey, dvalue, torch.empty_like(pooled_key), torch.empty_like(pooled_value)
+        return dquery, dkey, dvalue, _empty_like(pooled_key), _empty_like(pooled_value)
     return dquery, dkey, dvalue, *call.key_gradients(pooled_key, pooled_value, grad, lse, delta, pooled=True)
 
 
