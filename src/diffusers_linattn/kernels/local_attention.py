@@ -203,9 +203,7 @@ class _Call:
         heads = query.shape[1]
         self.sizes = [heads, heads // key.shape[1], heads // pooled_key.shape[1], query.shape[2], self.num_pooled]
         self.dims = [query.shape[3], block_dim(query.shape[3])]
-        # What torch does in a product of fp32 matrices.
-        tf32 = query.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
-        self.precision = "tf32" if tf32 else "ieee"
+        self.precision = _precision() if query.device.type == "cuda" else "ieee"
         self.configuration = _configuration(query)
 
     def key_gradients(
@@ -276,6 +274,15 @@ def _launch(kernel: Any, lists: TileLists, num_heads: int, tiles: Tiles, *argume
 @functools.lru_cache(maxsize=64)
 def _tables(lists: TileLists, device: torch.device) -> tuple[torch.Tensor, ...]:
     return lists.to(device)
+
+
+def _precision() -> str:
+    """What torch's settings say about a product of fp32 matrices: `"tf32"` or `"ieee"`."""
+    matmul = torch.backends.cuda.matmul
+    # Since torch 2.9; there the older setting cannot be read once this one has been set.
+    if hasattr(matmul, "fp32_precision"):
+        return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
+    return "tf32" if matmul.allow_tf32 else "ieee"
 
 
 def _configuration(query: torch.Tensor) -> Configuration:
