@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch._dynamo.testing
 
 from diffusers_linattn.layout import TokenLayout
 from diffusers_linattn.ops import reference
-from diffusers_linattn.ops.local import local_attention, window_covers
+from diffusers_linattn.ops.local import local_attention
+from diffusers_linattn.ops.local_choice import choose_impl, window_covers
 
 
 HEADS, DIM = 3, 16
@@ -268,6 +271,32 @@ def test_window_covers_frames():
     assert window_covers(layout, 2, 3)
     assert window_covers(layout, 2)
     assert not window_covers(layout, 2, 2)
+
+
+CHOICES = {
+    "covered": ((1, 8, 8), 16, {}, "dense"),
+    "large": ((1, 128, 128), 16, {}, "triton"),
+    "leaves out too little": ((1, 64, 64), 40, {}, "dense"),
+    "mask of keys": ((1, 128, 128), 16, {"mask": (1, 1, 1, 16384)}, "triton"),
+    "mask of pairs": ((1, 128, 128), 16, {"mask": (1, 1, 16384, 16384)}, "tiled"),
+    "fp64": ((1, 128, 128), 16, {"dtype": torch.float64}, "tiled"),
+    "large heads": ((1, 128, 128), 16, {"dim": 512}, "tiled"),
+    "cpu": ((1, 128, 128), 16, {"device": "cpu"}, "tiled"),
+    "cpu, leaves out too little": ((1, 64, 64), 40, {"device": "cpu"}, "tiled"),
+}
+
+
+@pytest.mark.parametrize(("grid", "window", "call", "expected"), CHOICES.values(), ids=CHOICES.keys())
+def test_choice_of_the_implementation(grid, window, call, expected, monkeypatch):
+    monkeypatch.setattr("diffusers_linattn.ops.local_choice.why_not", lambda device: None)
+    layout = TokenLayout.image(grid)
+    query = SimpleNamespace(
+        device=torch.device(call.get("device", "cuda")),
+        dtype=call.get("dtype", torch.bfloat16),
+        shape=(1, 2, layout.length, call.get("dim", 64)),
+    )
+    mask = torch.empty(call["mask"], device="meta") if "mask" in call else None
+    assert choose_impl(query, query, layout, window, None, mask) == expected
 
 
 @pytest.mark.parametrize("mask", [None, "keys"])

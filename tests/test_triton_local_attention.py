@@ -13,6 +13,7 @@ import os
 import pytest
 import torch
 
+from diffusers_linattn import ClearProcessor, linearize, status
 from diffusers_linattn.kernels import local_attention as kernels
 from diffusers_linattn.kernels import tile_configurations, tile_lists
 from diffusers_linattn.kernels.tile_configurations import Configuration, Tiles, choose_configuration
@@ -20,6 +21,7 @@ from diffusers_linattn.layout import TokenLayout
 from diffusers_linattn.ops import reference
 from diffusers_linattn.ops.local import local_attention
 
+import tiny
 from test_local_attention import DIM, HEADS, LAYOUTS, make_inputs, make_mask, run
 from test_local_attention import check as check_impl
 
@@ -173,6 +175,17 @@ def test_gradients_numerically():
     (slope,) = torch.autograd.grad(loss(step), step)
     numeric = (loss(1e-2) - loss(-1e-2)) / 2e-2
     torch.testing.assert_close(slope.double(), numeric, rtol=5e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_processor_in_a_model():
+    outputs = {}
+    for impl in ("triton", "tiled"):
+        template = ClearProcessor(window=2, down_factor=2, impl=impl)
+        model = linearize(tiny.flux(), template)
+        outputs[impl] = model(**tiny.flux_inputs(5, 6, 3))[0]
+        assert status(model).converted[0].implementation == impl
+    torch.testing.assert_close(outputs["triton"], outputs["tiled"], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("mask", [None, "keys"])
