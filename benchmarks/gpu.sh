@@ -16,13 +16,20 @@ memory_check() {
     -k "test_kernel_on_every_layout and 8 and bfloat16"
 }
 
+out_of_time() {
+  local status=$?
+  test "$status" -eq 124 || exit "$status"
+  echo "$1: out of time, run this part alone" >&2
+}
+
 case "${1:-all}" in
   all)
     # What has been measured is stored row by row, so that a part which runs out of time loses only its last rows.
-    tests 210
-    operators 140 --sides 128 256 64 512 --seconds 0.2 || test $? -eq 124
-    others 30 || test $? -eq 124
-    flux 140 || test $? -eq 124
+    # A test that fails ends everything.
+    tests 240 || out_of_time "tests"
+    operators 130 --sides 128 256 64 512 --seconds 0.2 || out_of_time "operators"
+    others 30 || out_of_time "other operators"
+    flux 130 || out_of_time "flux"
     ;;
   tests) tests ;;
   operators) operators 540 --flex-windows 8 16 32 ;;
