@@ -25,13 +25,17 @@ SOURCE = ROOT / "src" / "diffusers_linattn"
 # A module may import from its own layer and from those before it.
 LAYERS = [
     {"layout", "version"},
-    {"ops", "models", "files", "evaluate"},
-    {"tracker"},
+    {"ops", "models", "files", "evaluate", "lora", "offloading"},
+    {"safetensors_header"},
+    {"tracker", "sources"},
     {"processors"},
     {"linearize"},
-    {"set_attn_processor", "weights", "samples"},
-    {"distill"},
-    {"__init__"},
+    {"set_attn_processor", "samples", "saved_config", "origin"},
+    {"checkpoint", "clear_layout", "model_card"},
+    {"weights", "summary"},
+    {"distill", "hub"},
+    {"cli"},
+    {"__init__", "__main__"},
 ]
 
 

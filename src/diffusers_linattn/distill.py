@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -107,8 +108,9 @@ def distill(
         run = _Run(model, layers, parameters, samples, settings, output_dir, checkpoint_every)
         run.stage("transfer", transfer_steps, transfer_learning_rate, lambda batch: _transfer(run, batch))
         run.stage("end_to_end", steps, learning_rate, lambda batch: _end_to_end(run, batch, weights))
-    save_linear_attention(pipe, output_dir)
     write_json(output_dir / LOG_NAME, {"settings": settings, "curves": run.curves})
+    recipe = {name: value for name, value in settings.items() if name != "layers"} | {"num_samples": len(samples)}
+    save_linear_attention(pipe, output_dir, recipe=recipe, metrics=_last_losses(run.curves))
     (output_dir / CHECKPOINT_NAME).unlink(missing_ok=True)
     return run.curves
 
@@ -324,6 +326,16 @@ def _check(layers: Sequence[Layer], samples: Samples, model: Any) -> None:
                 f"{layer.name} has fused projections, which would leave the trained to_q, to_k and to_v unused: call "
                 "unfuse_qkv_projections() first."
             )
+
+
+def _last_losses(curves: dict[str, list[dict[str, float]]], steps: int = 100) -> dict[str, float]:
+    """The losses by name, averaged over the last steps of each stage; those of single layers are left out."""
+    means: dict[str, float] = {}
+    for stage, names in (("transfer", ["loss"]), ("end_to_end", ["loss", "diffusion", "prediction", "attention"])):
+        for name in names if curves[stage] else []:
+            label = stage if name == "loss" else f"{stage} {name}"
+            means[f"{label} loss"] = fmean(row[name] for row in curves[stage][-steps:])
+    return means
 
 
 def _tensors(output: Any) -> list[torch.Tensor]:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from diffusers_linattn.lora import lora_switched_off, remove_lora
 from diffusers_linattn.models import Family, find_family, unsupported_message
 from diffusers_linattn.processors.base import HOST_ATTRIBUTES, BaseProcessor
 from diffusers_linattn.tracker import find_tracker, install_tracker, remove_tracker
@@ -262,6 +263,7 @@ def restore_layer(layer: Layer) -> None:
     processor = layer.processor
     if processor is None:
         return
+    remove_lora(layer.model, layer.attn)
     own = processor.weights_of(layer.attn)
     changed = [(own[name], weight) for name, weight in processor.original_weights.items()]
     with torch.no_grad():
@@ -297,7 +299,8 @@ def original_attention(pipe_or_model: Any) -> Iterator[None]:
                 switched.append((own[name], own[name].data))
                 own[name].data = weight.to(own[name].device)
             set_processor(layer.attn, processor.original)
-        yield
+        with lora_switched_off(layer.attn for layer, processor in converted if processor is not None):
+            yield
     finally:
         for parameter, data in switched:
             parameter.data = data

@@ -70,6 +70,8 @@ class BaseProcessor(nn.Module):
     impls: tuple[str, ...] = ()
     argument_names: tuple[str, ...] = ()
     plain_class: type[Any]
+    # How its weights came about, for those who save them: {"recipe": ..., "metrics": ...}.
+    provenance: dict[str, Any] | None = None
     stock: Any
     _stock_call: Callable[..., Any]
 

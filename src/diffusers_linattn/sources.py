@@ -1,0 +1,314 @@
+"""Where files come from: a folder, or a repository of the Hub at one commit. Names are checked, sizes bounded."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    SafetensorsParsingError,
+)
+from huggingface_hub.utils import validate_repo_id
+
+from diffusers_linattn.safetensors_header import Header, TensorInfo, read_header
+from diffusers_linattn.version import __version__
+
+
+# The base of all errors of the client's HTTP library, which is requests, httpx or httpx2 by the client's version.
+_ConnectionError: type[Exception] = HfHubHTTPError.__bases__[0]
+
+
+NO_LIMIT = 1 << 62
+
+
+class HubError(OSError, ValueError):
+    """Something on the Hub, or on the way there, is not as asked for.
+
+    Both a ValueError, as all errors of this library, and an OSError, as diffusers raises for its own downloads.
+    """
+
+
+def hub_api(token: str | bool | None = None) -> HfApi:
+    """The Hub's client, for the endpoint that the environment names."""
+    return HfApi(token=token, library_name="diffusers-linattn", library_version=__version__)
+
+
+class Source:
+    """Files by name, from one place and one state of it."""
+
+    where: str
+
+    def find(self, name: str, max_bytes: int) -> Path | None:
+        """The file `name`, `None` if there is none.
+
+        Raises:
+            ValueError: It is larger than `max_bytes`, or cannot be had.
+        """
+        raise NotImplementedError
+
+    def get(self, name: str, max_bytes: int) -> Path:
+        """The file `name`, or a ValueError if there is none."""
+        path = self.find(name, max_bytes)
+        if path is None:
+            raise HubError(f"{self.where} has no {name}. {self.advice}")
+        return path
+
+    def header(self, name: str) -> tuple[Header, int] | None:
+        """The header of the safetensors file `name` and the size of the file, `None` if there is none."""
+        path = self.find(name, NO_LIMIT)
+        return None if path is None else (read_header(path), path.stat().st_size)
+
+    advice = "Check subfolder, variant, weight_name and revision."
+
+    def _check_size(self, name: str, size: int | None, max_bytes: int) -> None:
+        if size is None or size > max_bytes:
+            raise ValueError(
+                f"{self.where}: {name} has {size} bytes where at most {max_bytes} can belong to this model. It is not "
+                "read."
+            )
+
+
+class Folder(Source):
+    """A folder of this machine; the cache of the Hub's client is one too."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.where = str(folder)
+
+    def find(self, name: str, max_bytes: int) -> Path | None:
+        path = self.folder / name
+        if not path.exists() and not path.is_symlink():
+            return None
+        real = path.resolve()
+        if not any(real.is_relative_to(root) for root in self._roots()):
+            raise ValueError(f"{path} is a link out of its folder, which is not followed: copy the file there.")
+        if not real.is_file():
+            raise ValueError(f"{path} is not a regular file.")
+        self._check_size(name, real.stat().st_size, max_bytes)
+        return path
+
+    def _roots(self) -> Iterator[Path]:
+        folder = self.folder.resolve()
+        yield folder
+        # In the cache of the Hub's client the files of a snapshot are links to blobs/ beside snapshots/.
+        for parent in folder.parents:
+            if parent.name == "snapshots":
+                yield parent.parent / "blobs"
+
+
+class Repository(Source):
+    """A repository of the Hub. The first file found fixes the commit that all others come from."""
+
+    def __init__(
+        self,
+        repo_id: str,
+        *,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+    ):
+        self.repo_id = repo_id
+        self.revision = revision or constants.DEFAULT_REVISION
+        self.commit: str | None = None
+        self.api = hub_api(token)
+        self.offline = local_files_only or constants.is_offline_mode()
+        self.subfolder = subfolder
+        self.cache_dir = cache_dir
+        self.force_download = force_download and not self.offline
+        self.where = f"{repo_id}@{self.revision}" if revision else repo_id
+        if force_download and self.offline:
+            raise ValueError("force_download=True needs the Hub: leave out local_files_only and HF_HUB_OFFLINE.")
+
+    def find(self, name: str, max_bytes: int) -> Path | None:
+        ahead = self._download(name, dry_run=True)
+        if ahead is None:
+            return None
+        self._check_size(name, ahead.file_size, max_bytes)
+        path = self._download(name, force_download=self.force_download)
+        if path is None:
+            return None
+        self.commit = self.commit or commit_of(Path(path))
+        return Path(path)
+
+    def size(self, name: str) -> int | None:
+        """How large the file `name` is, without downloading it; `None` if there is none."""
+        ahead = self._download(name, dry_run=True)
+        return None if ahead is None else ahead.file_size
+
+    def header(self, name: str) -> tuple[Header, int] | None:
+        if self.offline:
+            return super().header(name)
+        size = self.size(name)
+        if size is None:
+            return None
+        revision = self.commit or self.revision
+        try:
+            with hub_errors(self.repo_id, revision):  # a request for the first bytes
+                read = self.api.parse_safetensors_file_metadata(self.repo_id, self.path_of(name), revision=revision)
+        except SafetensorsParsingError as error:
+            raise ValueError(f"{self.where}: {name} is no safetensors file: {error}") from error
+        tensors = {key: TensorInfo(t.dtype, tuple(t.shape), *t.data_offsets) for key, t in read.tensors.items()}
+        if max((info.stop for info in tensors.values()), default=0) > size - 8:
+            raise ValueError(f"{self.where}: {name} says that it holds more than its {size} bytes. Do not load it.")
+        return Header(tensors, read.metadata or {}), size
+
+    def path_of(self, name: str) -> str:
+        """The path of the file `name` in the repository."""
+        return f"{self.subfolder}/{name}" if self.subfolder else name
+
+    def _download(self, name: str, **arguments: Any) -> Any:
+        revision = self.commit or self.revision
+        with hub_errors(self.repo_id, revision):
+            try:
+                return self.api.hf_hub_download(
+                    self.repo_id,
+                    self.path_of(name),
+                    revision=revision,
+                    cache_dir=self.cache_dir,
+                    local_files_only=self.offline,
+                    **arguments,
+                )
+            except RemoteEntryNotFoundError as error:
+                self.commit = self.commit or error.response.headers.get(constants.HUGGINGFACE_HEADER_X_REPO_COMMIT)
+                return None
+            except LocalEntryNotFoundError:
+                # Offline, what is not in the cache is as good as absent. With the Hub down, it may well exist.
+                if self.offline and self._cached_at_all():
+                    return None
+                raise
+
+    @property
+    def advice(self) -> str:  # type: ignore[override]
+        if self.offline:
+            return "Only the cache was searched: run once without local_files_only and HF_HUB_OFFLINE."
+        return Source.advice
+
+    def _cached_at_all(self) -> bool:
+        folder = "models--" + self.repo_id.replace("/", "--")
+        cache = Path(self.cache_dir or constants.HF_HUB_CACHE)
+        return (cache / folder / "snapshots").is_dir()
+
+
+def open_source(
+    repo_or_directory: str | Path,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    force_download: bool = False,
+) -> Source:
+    """The folder of that name if there is one, else the repository of the Hub.
+
+    Raises:
+        ValueError: Neither a folder nor a possible repository id, a revision of a folder, or a subfolder that leads
+            out of it.
+    """
+    if subfolder is not None:
+        parts = PurePosixPath(subfolder).parts
+        if not parts or subfolder.startswith("/") or ".." in parts or "\\" in subfolder or ":" in subfolder:
+            raise ValueError(f"subfolder must be a relative path inside the repository or folder, got {subfolder!r}.")
+    directory = Path(repo_or_directory)
+    if directory.is_dir():
+        if revision is not None:
+            raise ValueError(f"{directory} is a folder: revision={revision!r} only means something on the Hub.")
+        folder = directory / subfolder if subfolder else directory
+        if not folder.resolve().is_relative_to(directory.resolve()):
+            raise ValueError(f"{folder} is a link out of {directory}, which is not followed.")
+        return Folder(folder)
+    repo_id = str(repo_or_directory)
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError:
+        raise ValueError(
+            f"{repo_id!r} is neither a folder here nor the id of a repository on the Hub such as 'me/flux-clear-w16'."
+        ) from None
+    return Repository(
+        repo_id,
+        revision=revision,
+        subfolder=subfolder,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+        force_download=force_download,
+    )
+
+
+def check_weight_name(name: str) -> str:
+    """`name` if it is that of a safetensors file without a path, else a ValueError."""
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w.\-+ ]{0,250}\.safetensors", name):
+        raise ValueError(
+            f"The weights must be a .safetensors file named without a path, got {str(name)[:300]!r}. Other formats "
+            "can run code when they are opened; use subfolder= for a folder inside the repository."
+        )
+    return name
+
+
+def commit_of(path: Path) -> str | None:
+    """The commit that a file of the Hub's cache belongs to."""
+    parts = path.parts
+    return next((b for a, b in zip(parts, parts[1:], strict=False) if a == "snapshots"), None)
+
+
+@contextmanager
+def hub_errors(repo_id: str, revision: str | None = None) -> Iterator[None]:
+    """Turns the client's errors into a [`HubError`] that says what to do."""
+    login = "log in with `hf auth login` or pass token="
+    try:
+        yield
+    except GatedRepoError as error:
+        raise HubError(
+            f"{repo_id} is gated: accept its conditions on https://huggingface.co/{repo_id}, then {login}."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise HubError(
+            f"There is no folder {repo_id!r} here and no such repository on the Hub, or it is private. Check the "
+            f"spelling; if it is private, {login}."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise HubError(f"{repo_id} has no branch, tag or commit {revision!r}. Check revision=.") from error
+    except RemoteEntryNotFoundError as error:
+        raise HubError(f"{repo_id} has no such file: {error.response.url}.") from error
+    except (OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
+        if constants.is_offline_mode() or "local_files_only" in str(error) or isinstance(error, OfflineModeIsEnabled):
+            advice = "It was asked not to use the network (local_files_only or HF_HUB_OFFLINE): run once without."
+        else:
+            advice = "The Hub could not be reached: check the connection and try again; what is complete is kept."
+        raise HubError(f"{repo_id} is not in the cache at revision {revision!r}. {advice}") from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        advice = {
+            401: f"The token is not accepted: {login}.",
+            403: f"This account or token may not do that: {login} with write access.",
+            409: "Somebody else is changing the repository: try again.",
+            412: "The repository has changed meanwhile: try again.",
+            429: "Too many requests: wait a little and try again.",
+        }.get(status, "Try again later." if status >= 500 else error.server_message or "")
+        raise HubError(f"The Hub answered {status} for {repo_id}. {advice}") from error
+    except HFValidationError as error:
+        raise ValueError(f"{repo_id!r} is not the id of a repository on the Hub: {error}") from error
+    except (_ConnectionError, ConnectionError, TimeoutError) as error:
+        raise HubError(
+            f"The connection to the Hub failed ({type(error).__name__}) at {repo_id}. Try again: what is complete is "
+            "kept."
+        ) from error
+    except OSError as error:
+        if isinstance(error, HubError):
+            raise
+        raise HubError(f"{repo_id} could not be downloaded: {error}") from error
