@@ -41,6 +41,8 @@ Planned = list[tuple[Layer, BaseProcessor]]
 
 __all__ = ["CONFIG_NAME", "PROCESSORS", "WEIGHTS_NAME", "load_linear_attention", "save_linear_attention"]
 
+# No file is read that is larger than all that could belong to the model: fp64, and as much again for processors.
+BYTES_PER_PARAMETER = 16
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -174,8 +176,7 @@ def load_linear_attention(
         imported.extend(found[:1] if found else ())
         return found
 
-    # At most fp64, and twice over for what a processor may add.
-    max_bytes = MAX_OVERHEAD + 16 * sum(parameter.numel() for parameter in model.parameters())
+    max_bytes = MAX_OVERHEAD + int(BYTES_PER_PARAMETER * sum(p.numel() for p in model.parameters()))
     checkpoint = open_checkpoint(
         source, variant=variant, weight_name=weight_name, max_bytes=max_bytes, import_layout=import_layout
     )
