@@ -111,33 +111,14 @@ def open_checkpoint(
     Raises:
         ValueError: Missing, broken or contradictory files.
     """
-    if weight_name is not None:
-        if variant is not None:
-            raise ValueError("weight_name names one file and variant a set of files: give one of them.")
-        return _open_one(source, check_weight_name(weight_name), max_bytes, import_layout)
-    config_path = source.find(CONFIG_NAME, MAX_CONFIG_BYTES)
-    if config_path is None:
-        refuse_linfusion(source)
-        raise ValueError(
-            f"{source.where}: {CONFIG_NAME} does not exist. {source.advice} For the published weights of CLEAR give "
-            'weight_name="clear_local_16.safetensors" or another of its files.'
-        )
-    config = parse_config(read_json(config_path, MAX_CONFIG_BYTES), str(config_path))
-    path = source.find(weights_file(variant), max_bytes)
-    if path is not None:
-        headers = {path: read_header(path)}
-        files: tuple[Path, ...] = (config_path, path)
+    if weight_name is None:
+        checkpoint = _open_set(source, variant, max_bytes)
+    elif variant is None:
+        checkpoint = _open_one(source, check_weight_name(weight_name), max_bytes, import_layout)
     else:
-        index_path = source.find(index_file(variant), MAX_CONFIG_BYTES)
-        if index_path is None:
-            raise ValueError(
-                f"{source.where}: {weights_file(variant)} does not exist, nor {index_file(variant)}, so the weights "
-                f"cannot be read. {source.advice}"
-            )
-        headers = _read_shards(source, index_path, max_bytes)
-        files = (config_path, index_path, *headers)
-    copies = {path: copy for path, header in headers.items() if (copy := config_in(header, path)) is not None}
-    return Checkpoint(config, _place(headers), str(config_path), files, copies)
+        raise ValueError("weight_name names one file and variant a set of files: give one of them.")
+    source.remember()
+    return checkpoint
 
 
 def write_checkpoint(
@@ -241,6 +222,32 @@ def refuse_linfusion(source: Source) -> None:
             f"{source.where} holds weights of LinFusion: whole attention modules of the UNets of Stable Diffusion, "
             "which no transformer has. Load them with LinFusion's own code into such a pipeline."
         )
+
+
+def _open_set(source: Source, variant: str | None, max_bytes: int) -> Checkpoint:
+    config_path = source.find(CONFIG_NAME, MAX_CONFIG_BYTES)
+    if config_path is None:
+        refuse_linfusion(source)
+        raise ValueError(
+            f"{source.where}: {CONFIG_NAME} does not exist. {source.advice} For the published weights of CLEAR give "
+            'weight_name="clear_local_16.safetensors" or another of its files.'
+        )
+    config = parse_config(read_json(config_path, MAX_CONFIG_BYTES), str(config_path))
+    path = source.find(weights_file(variant), max_bytes)
+    if path is not None:
+        headers = {path: read_header(path)}
+        files: tuple[Path, ...] = (config_path, path)
+    else:
+        index_path = source.find(index_file(variant), MAX_CONFIG_BYTES)
+        if index_path is None:
+            raise ValueError(
+                f"{source.where}: {weights_file(variant)} does not exist, nor {index_file(variant)}, so the weights "
+                f"cannot be read. {source.advice}"
+            )
+        headers = _read_shards(source, index_path, max_bytes)
+        files = (config_path, index_path, *headers)
+    copies = {path: copy for path, header in headers.items() if (copy := config_in(header, path)) is not None}
+    return Checkpoint(config, _place(headers), str(config_path), files, copies)
 
 
 def _open_one(source: Source, name: str, max_bytes: int, import_layout: Importer | None) -> Checkpoint:

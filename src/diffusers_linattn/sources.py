@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -65,6 +65,9 @@ class Source:
             raise HubError(f"{self.where} has no {name}. {self.advice}")
         return path
 
+    def remember(self) -> None:
+        """Called when all files have been found."""
+
     def header(self, name: str) -> tuple[Header, int] | None:
         """The header of the safetensors file `name` and the size of the file, `None` if there is none."""
         path = self.find(name, NO_LIMIT)
@@ -72,8 +75,8 @@ class Source:
 
     advice = "Check subfolder, variant, weight_name and revision."
 
-    def _check_size(self, name: str, size: int | None, max_bytes: int) -> None:
-        if size is None or size > max_bytes:
+    def _check_size(self, name: str, size: int, max_bytes: int) -> None:
+        if size > max_bytes:
             raise ValueError(
                 f"{self.where}: {name} has {size} bytes where at most {max_bytes} can belong to this model. It is not "
                 "read."
@@ -125,6 +128,7 @@ class Repository(Source):
         self.repo_id = repo_id
         self.revision = revision or constants.DEFAULT_REVISION
         self.commit: str | None = None
+        self.found: str | None = None
         self.api = hub_api(token)
         self.offline = local_files_only or constants.is_offline_mode()
         self.subfolder = subfolder
@@ -135,20 +139,35 @@ class Repository(Source):
             raise ValueError("force_download=True needs the Hub: leave out local_files_only and HF_HUB_OFFLINE.")
 
     def find(self, name: str, max_bytes: int) -> Path | None:
-        ahead = self._download(name, dry_run=True)
-        if ahead is None:
+        size = self.size(name)
+        if size is None:
             return None
-        self._check_size(name, ahead.file_size, max_bytes)
+        self._check_size(name, size, max_bytes)
         path = self._download(name, force_download=self.force_download)
         if path is None:
             return None
-        self.commit = self.commit or commit_of(Path(path))
+        self.found = self.found or name
         return Path(path)
+
+    def remember(self) -> None:
+        # At the end, so that the branch stays at a commit whose files are all there. The client notes for use offline
+        # which commit a branch was at when it is asked for a file by the name of the branch.
+        if self.found is None or self.offline or self.commit == self.revision:
+            return
+        with suppress(OSError, ValueError), hub_errors(self.repo_id):
+            self.api.hf_hub_download(
+                self.repo_id, self.path_of(self.found), revision=self.revision, cache_dir=self.cache_dir
+            )
 
     def size(self, name: str) -> int | None:
         """How large the file `name` is, without downloading it; `None` if there is none."""
         ahead = self._download(name, dry_run=True)
-        return None if ahead is None else ahead.file_size
+        if ahead is None:
+            return None
+        self.commit = self.commit or ahead.commit_hash
+        if ahead.file_size is None:
+            raise HubError(f"The Hub does not tell the size of {name} in {self.where}, so it is not downloaded.")
+        return int(ahead.file_size)
 
     def header(self, name: str) -> tuple[Header, int] | None:
         if self.offline:
@@ -258,12 +277,6 @@ def check_weight_name(name: str) -> str:
             "can run code when they are opened; use subfolder= for a folder inside the repository."
         )
     return name
-
-
-def commit_of(path: Path) -> str | None:
-    """The commit that a file of the Hub's cache belongs to."""
-    parts = path.parts
-    return next((b for a, b in zip(parts, parts[1:], strict=False) if a == "snapshots"), None)
 
 
 @contextmanager
