@@ -24,6 +24,7 @@ from diffusers_linattn.sources import Source, check_weight_name
 
 WEIGHTS_NAME = "linear_attention.safetensors"
 MAX_SHARDS = 1_000
+MAX_INDEX_BYTES = 4 << 20
 # What files are read from can be larger than all tensors that could belong to the model by this much.
 MAX_OVERHEAD = 16 << 20
 
@@ -238,7 +239,7 @@ def _open_set(source: Source, variant: str | None, max_bytes: int) -> Checkpoint
         headers = {path: read_header(path)}
         files: tuple[Path, ...] = (config_path, path)
     else:
-        index_path = source.find(index_file(variant), MAX_CONFIG_BYTES)
+        index_path = source.find(index_file(variant), MAX_INDEX_BYTES)
         if index_path is None:
             raise ValueError(
                 f"{source.where}: {weights_file(variant)} does not exist, nor {index_file(variant)}, so the weights "
@@ -279,7 +280,7 @@ def read_index(path: Path) -> dict[str, set[str]]:
     Raises:
         ValueError: No index, too many files, or names that lead out of the folder.
     """
-    index = read_json(path, MAX_CONFIG_BYTES)
+    index = read_json(path, MAX_INDEX_BYTES)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{path} has no weight_map from tensors to files.")

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from diffusers_linattn.files import write_atomically, write_json
 from diffusers_linattn.linearize import PROJECTIONS, Layer, layers_of, original_attention, transformers_of
+from diffusers_linattn.lora import lora_to_save
 from diffusers_linattn.samples import Batch, Samples
 from diffusers_linattn.weights import save_linear_attention
 
@@ -320,6 +321,7 @@ def _check(layers: Sequence[Layer], samples: Samples, model: Any) -> None:
             f"{samples.directory} holds samples of a {samples.manifest['transformer']}, the pipeline has a "
             f"{type(model).__name__}."
         )
+    lora_to_save(model, [layer.attn for layer in layers])  # whether the result can be saved
     for layer in layers:
         if getattr(layer.attn, "fused_projections", False):
             raise ValueError(

@@ -5,13 +5,16 @@ peft is imported only for a model that has such matrices, or gets them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+
+logger = logging.getLogger(__name__)
 
 # The name in peft under which matrices are loaded. `restore` takes those of this name away, and no others.
 LORA_NAME = "linear_attention"
@@ -25,7 +28,7 @@ class LowRank:
     scale: float
 
 
-def lora_to_save(model: nn.Module, converted: Iterable[nn.Module]) -> str | None:
+def lora_to_save(model: nn.Module, converted: Sequence[nn.Module]) -> str | None:
     """The name of the LoRA that is part of the conversion, `None` if there is none.
 
     It is the one named [`LORA_NAME`]; without that, the active one that lies in converted layers only. A LoRA that
@@ -44,6 +47,7 @@ def lora_to_save(model: nn.Module, converted: Iterable[nn.Module]) -> str | None
             inside |= set(module.lora_A)
     if not inside:
         return None
+    name: str | None
     if LORA_NAME in inside:
         name = LORA_NAME
     else:
@@ -57,10 +61,11 @@ def lora_to_save(model: nn.Module, converted: Iterable[nn.Module]) -> str | None
                 f"The LoRAs {', '.join(candidates)} all lie in the converted layers: delete those that are not part "
                 "of the linear attention (delete_adapters), or fuse them."
             )
-        if not candidates:
-            return None
-        (name,) = candidates
-    if any(name in module.merged_adapters for attn in converted for module in _wrapped(attn).values()):
+        name = candidates[0] if candidates else None
+    for other in sorted(inside - {name}):
+        logger.warning("The LoRA %s is not part of what is saved: share it with save_lora_weights.", other)
+    modules = [module for attn in converted for module in _wrapped(attn).values()]
+    if name is not None and any(name in module.merged_adapters for module in modules):
         raise ValueError(f"The LoRA {name} is merged into the weights: call unfuse_lora() first.")
     return name
 

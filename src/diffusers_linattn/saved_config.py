@@ -21,7 +21,7 @@ CONFIG_NAME = "linear_attention_config.json"
 # The key under which each safetensors file carries a copy of the configuration.
 CONFIG_KEY = "linear_attention_config"
 FORMAT_VERSION = 2
-MAX_CONFIG_BYTES = 4 << 20
+MAX_CONFIG_BYTES = 1 << 20
 MAX_LAYERS = 1_000
 MAX_NAME_LENGTH = 256
 MAX_RANK = 1_024

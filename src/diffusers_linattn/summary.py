@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusers_linattn.checkpoint import config_in, index_file, read_index, weights_file
+from diffusers_linattn.checkpoint import MAX_INDEX_BYTES, config_in, index_file, read_index, weights_file
 from diffusers_linattn.clear_layout import settings_in_name
 from diffusers_linattn.files import read_json
 from diffusers_linattn.model_card import summarize_layers
@@ -100,7 +100,7 @@ def _headers(source: Source, variant: str | None, weight_name: str | None) -> di
     found = source.header(name)
     if found is not None:
         return {name: found}
-    index_path = None if weight_name else source.find(index_file(variant), MAX_CONFIG_BYTES)
+    index_path = None if weight_name else source.find(index_file(variant), MAX_INDEX_BYTES)
     if index_path is None:
         raise ValueError(f"{source.where}: {name} does not exist. {source.advice}")
     headers = {}

@@ -87,9 +87,8 @@ def save_linear_attention(
     layers: dict[str, SavedLayer] = {}
     tensors: dict[str, torch.Tensor] = {}
     for layer, processor in converted:
-        own, kept = processor.weights_of(layer.attn), processor.original_weights
-        changed = sorted(name for name in kept if not torch.equal(own[name], kept[name].to(own[name])))
         kind_of(processor)
+        changed = _changed_weights(layer, processor)
         layers[layer.name] = SavedLayer(processor, tuple(changed), describe_lora(layer.attn, lora_name))
         tensors |= _parameters(layer, processor, changed, lora_name)
     _check_savable(tensors)
@@ -332,12 +331,21 @@ def _parameters(
     return {f"{layer.name}.{name}": parameter for name, parameter in named.items()}
 
 
+_OFFLOADED = "{} is offloaded weight by weight and cannot be read: call pipe.remove_all_hooks() first."
+
+
+def _changed_weights(layer: Layer, processor: BaseProcessor) -> list[str]:
+    own, kept = processor.weights_of(layer.attn), processor.original_weights
+    for name in kept:
+        if own[name].is_meta:
+            raise ValueError(_OFFLOADED.format(f"{layer.name}.{name}"))
+    return sorted(name for name, weight in kept.items() if not torch.equal(own[name], weight.to(own[name])))
+
+
 def _check_savable(tensors: Mapping[str, torch.Tensor]) -> None:
     for name, tensor in tensors.items():
         if tensor.is_meta:
-            raise ValueError(
-                f"{name} is offloaded weight by weight and cannot be read: pipe.remove_all_hooks() first."
-            )
+            raise ValueError(_OFFLOADED.format(name))
         if tensor.dtype not in FLOATS:
             raise ValueError(f"{name} has dtype {tensor.dtype}, which the format does not have: save it in bf16.")
         if not torch.isfinite(tensor).all():
