@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import pytest
 import torch
+from hub_client import hub, running  # noqa: F401
 
 
 @pytest.fixture(autouse=True)

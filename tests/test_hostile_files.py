@@ -26,6 +26,7 @@ from diffusers_linattn.saved_config import CONFIG_KEY, CONFIG_NAME, SavedConfig,
 
 
 LAYER = "transformer_blocks.0.attn"
+EMPTY = {"processor": "clear", "arguments": {}, "weights": []}
 POOL = f"{LAYER}.processor.pool.spatial_weight"
 
 
@@ -145,7 +146,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "NaN": (poison(float("nan"), torch.float32), "NaN or infinite"),
     "infinity in bf16": (poison(float("inf"), torch.bfloat16), "NaN or infinite"),
     "10,000 layers": (
-        lambda d: edit(d, lambda c: c["layers"].update({f"x.{i}.attn": c["layers"][LAYER] for i in range(10_000)})),
+        lambda d: edit(d, lambda c: c["layers"].update({f"x{i}": EMPTY for i in range(10_000)})),
         "converts 10004 layers; at most 1000",
     ),
     "900 layers": (

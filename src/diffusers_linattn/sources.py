@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from huggingface_hub import HfApi, constants
+from huggingface_hub import HfApi, constants, hf_hub_url
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -18,11 +19,10 @@ from huggingface_hub.errors import (
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
-    SafetensorsParsingError,
 )
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, validate_repo_id
 
-from diffusers_linattn.safetensors_header import Header, TensorInfo, read_header
+from diffusers_linattn.safetensors_header import Header, header_length, parse_header, read_header
 from diffusers_linattn.version import __version__
 
 
@@ -31,6 +31,8 @@ _ConnectionError: type[Exception] = HfHubHTTPError.__bases__[0]
 
 
 NO_LIMIT = 1 << 62
+# The header of nearly every file is within this.
+FIRST_REQUEST = 128 << 10
 
 
 class HubError(OSError, ValueError):
@@ -175,16 +177,26 @@ class Repository(Source):
         size = self.size(name)
         if size is None:
             return None
+        start = self._read(name, 0, min(FIRST_REQUEST, size))
+        length = header_length(start, size, f"{self.where}: {name}")
+        if len(start) < 8 + length:
+            start += self._read(name, len(start), 8 + length)
+        return parse_header(start[8 : 8 + length], size - 8 - length, f"{self.where}: {name}"), size
+
+    def _read(self, name: str, start: int, stop: int) -> bytes:
+        """Bytes of a file by a range request."""
         revision = self.commit or self.revision
-        try:
-            with hub_errors(self.repo_id, revision):  # a request for the first bytes
-                read = self.api.parse_safetensors_file_metadata(self.repo_id, self.path_of(name), revision=revision)
-        except SafetensorsParsingError as error:
-            raise ValueError(f"{self.where}: {name} is no safetensors file: {error}") from error
-        tensors = {key: TensorInfo(t.dtype, tuple(t.shape), *t.data_offsets) for key, t in read.tensors.items()}
-        if max((info.stop for info in tensors.values()), default=0) > size - 8:
-            raise ValueError(f"{self.where}: {name} says that it holds more than its {size} bytes. Do not load it.")
-        return Header(tensors, read.metadata or {}), size
+        url = hf_hub_url(self.repo_id, self.path_of(name), revision=revision, endpoint=self.api.endpoint)
+        headers = build_hf_headers(
+            token=self.api.token, library_name=self.api.library_name, library_version=self.api.library_version
+        )
+        headers["Range"] = f"bytes={start}-{stop - 1}"
+        with hub_errors(self.repo_id, revision):
+            response = get_session().get(url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
+            hf_raise_for_status(response)
+        if response.status_code != 206 or len(response.content) != stop - start:
+            raise HubError(f"{self.where}: asked for the first bytes of {name}, the Hub sent something else.")
+        return response.content
 
     def path_of(self, name: str) -> str:
         """The path of the file `name` in the repository."""
@@ -243,8 +255,8 @@ def open_source(
         parts = PurePosixPath(subfolder).parts
         if not parts or subfolder.startswith("/") or ".." in parts or "\\" in subfolder or ":" in subfolder:
             raise ValueError(f"subfolder must be a relative path inside the repository or folder, got {subfolder!r}.")
-    directory = Path(repo_or_directory)
-    if directory.is_dir():
+    if os.path.isdir(repo_or_directory):
+        directory = Path(repo_or_directory)
         if revision is not None:
             raise ValueError(f"{directory} is a folder: revision={revision!r} only means something on the Hub.")
         folder = directory / subfolder if subfolder else directory
