@@ -146,6 +146,11 @@ def test_distillation_learns_saves_and_restores(pipe: Any, samples: Samples, tmp
         f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")
     }
     assert changed
+    config = json.loads((tmp_path / "student" / "linear_attention_config.json").read_text())
+    assert config["recipe"]["steps"] == 30
+    assert config["recipe"]["num_samples"] == 10
+    last = [row["prediction"] for row in curves["end_to_end"]]
+    assert config["metrics"]["end_to_end prediction loss"] == pytest.approx(sum(last) / len(last))
     other = load_linear_attention(tiny.flux_pipeline(guidance_embeds=True), tmp_path / "student")
     with torch.no_grad():
         inputs = {**tiny.flux_inputs(), "guidance": torch.ones(2)}
