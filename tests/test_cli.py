@@ -47,7 +47,7 @@ def test_push_info_and_pull(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixt
     assert "for         FluxTransformer2DModel of black-forest-labs/FLUX.1-dev" in text
     assert "4 layers: ClearProcessor(window=2, down_factor=2" not in text  # one of them has a weight replaced
     assert "3 layers: ClearProcessor(window=2, down_factor=2" in text
-    assert "5 tensors, 1,040 parameters in F32" in text
+    assert "5 tensors of 1,040 parameters (F32)" in text
     assert 'recipe      {"steps": 3}' in text
     assert 'metric      "FID" 9.5' in text
     # Of the weights, the first bytes alone were asked for.

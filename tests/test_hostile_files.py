@@ -215,6 +215,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a link to a device": (replace(CONFIG_NAME, "/dev/zero"), "is a link out of its folder"),
     "a link to a secret": (replace(CONFIG_NAME, "/etc/passwd"), "is a link out of its folder"),
     "a dangling link": (replace(WEIGHTS_NAME, "/nowhere"), "is a link out of its folder"),
+    "a link to itself": (replace(WEIGHTS_NAME, WEIGHTS_NAME), "is not a regular file"),
     "a named pipe": (pipe, "is not a regular file"),
     "an index to elsewhere": (lambda d: index(d, {POOL: "../secret.safetensors"}), "named without a path"),
     "an index to an absolute path": (lambda d: index(d, {POOL: "/etc/secret.safetensors"}), "named without a path"),

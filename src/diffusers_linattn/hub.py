@@ -257,8 +257,9 @@ def _of_base_model(api: HfApi, base_model: str | None) -> dict[str, Any]:
     if base_model is None:
         return {}
     try:
-        info = api.model_info(base_model, timeout=10)
-    except (OSError, ValueError):  # gone, or not to be reached: the card says what is known without it
+        with hub_errors(base_model):
+            info = api.model_info(base_model, timeout=10)
+    except ValueError:  # gone, or not to be reached: the card says what is known without it
         return {}
     card = info.card_data
     license = {key: card.get(key) for key in ("license", "license_name", "license_link")} if card else {}

@@ -11,6 +11,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from diffusers_linattn.origin import is_repo_id
 from diffusers_linattn.saved_config import SavedConfig, SavedLayer, kind_of
 
 
@@ -59,7 +60,9 @@ def write_card(
         pipeline_tag: What the model does, in the Hub's words.
         widget: Sample pictures as the Hub's gallery takes them: `{"text": ..., "output": {"url": ...}}`.
     """
-    base, known = config.base_model, license_of(config.base_model, license)
+    # From a configuration of anyone's, which may have been passed on.
+    base = config.base_model if config.base_model and is_repo_id(config.base_model) else None
+    known = license_of(base, license)
     data: dict[str, Any] = {**known, "library_name": "diffusers", "pipeline_tag": pipeline_tag}
     kinds = sorted({kind_of(layer.processor) for layer in config.layers.values()})
     data["tags"] = [*TAGS, *kinds]
@@ -69,7 +72,7 @@ def write_card(
         data["widget"] = widget
     sections = [
         f"# {repo_id.rpartition('/')[2]}",
-        _introduction(config, repo_id),
+        _introduction(config, base, repo_id),
         f"## Layers\n\n{_layer_table(config)}",
         f"## Training\n\n{_recipe(config)}",
         _section("Results", _table(("metric", "value"), [(k, _number(v)) for k, v in config.metrics.items()])),
@@ -109,8 +112,7 @@ def summarize_layers(config: SavedConfig) -> Counter[str]:
     return Counter(_describe(layer) for layer in config.layers.values())
 
 
-def _introduction(config: SavedConfig, repo_id: str) -> str:
-    base = config.base_model
+def _introduction(config: SavedConfig, base: str | None, repo_id: str) -> str:
     of = f"[{base}](https://huggingface.co/{base})" if base else f"a `{config.transformer}`"
     source = f'"{base}"' if base else "..."
     return f"""Linear-cost attention for {of}: {len(config.layers)} attention layers, made with

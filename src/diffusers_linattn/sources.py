@@ -20,6 +20,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, validate_repo_id
 
 from diffusers_linattn.safetensors_header import Header, header_length, parse_header, read_header
@@ -96,7 +97,7 @@ class Folder(Source):
         path = self.folder / name
         if not path.exists() and not path.is_symlink():
             return None
-        real = path.resolve()
+        real = Path(os.path.realpath(path))  # Path.resolve raises on links that go round in circles
         if not any(real.is_relative_to(root) for root in self._roots()):
             raise ValueError(f"{path} is a link out of its folder, which is not followed: copy the file there.")
         if not real.is_file():
@@ -230,9 +231,8 @@ class Repository(Source):
         return Source.advice
 
     def _cached_at_all(self) -> bool:
-        folder = "models--" + self.repo_id.replace("/", "--")
-        cache = Path(self.cache_dir or constants.HF_HUB_CACHE)
-        return (cache / folder / "snapshots").is_dir()
+        folder = repo_folder_name(repo_id=self.repo_id, repo_type=constants.REPO_TYPE_MODEL)
+        return Path(self.cache_dir or constants.HF_HUB_CACHE, folder, "snapshots").is_dir()
 
 
 def open_source(
@@ -336,4 +336,4 @@ def hub_errors(repo_id: str, revision: str | None = None) -> Iterator[None]:
     except OSError as error:
         if isinstance(error, HubError):
             raise
-        raise HubError(f"{repo_id} could not be downloaded: {error}") from error
+        raise HubError(f"{repo_id}: {error}") from error

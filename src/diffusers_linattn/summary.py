@@ -46,11 +46,11 @@ class Summary:
         rows = [
             ("", self.where),
             ("for", f"{config.transformer} of {config.base_model or 'an unnamed model'}{revision}"),
-            *(("converts", f"{count} layers: {how}") for how, count in summarize_layers(config).items()),
+            *(("converts", f"{_count(count, 'layer')}: {how}") for how, count in summarize_layers(config).items()),
             (
                 "weights",
-                f"{self.tensors} tensors, {self.parameters:,} parameters in {', '.join(self.dtypes) or 'no dtype'}, "
-                f"{_size(self.size)} in {self.files} file{'s' if self.files != 1 else ''}",
+                f"{_count(self.tensors, 'tensor')} of {_count(self.parameters, 'parameter')} "
+                f"({', '.join(self.dtypes) or 'none'}), {_size(self.size)} in {_count(self.files, 'file')}",
             ),
             ("recipe", json.dumps(config.recipe) if config.recipe else "not recorded"),
             *(("metric", f"{json.dumps(name)} {value:.5g}") for name, value in config.metrics.items()),
@@ -131,6 +131,10 @@ def _clear_config(name: str, header: Header) -> SavedConfig | None:
         base_model="black-forest-labs/FLUX.1-dev",
         library_version="the authors of CLEAR",
     )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _size(size: int) -> str:

@@ -183,9 +183,10 @@ def load_linear_attention(
         raise ValueError(f"{checkpoint.where} tells the settings of {weight_name}: leave processor= out.")
     planned, dense = _plan(model, layers, checkpoint)
     _check_values(planned, checkpoint)
+    originals = {layer.name: layer.processor.original_weights for layer in layers if layer.processor is not None}
     with _as_before_on_failure(layers, model):
         install([*planned, *dense])
-        _copy(planned, checkpoint)
+        _copy(planned, checkpoint, originals)
         offload_again(model)
     return pipe_or_model
 
@@ -274,7 +275,8 @@ def _check_values(planned: Planned, checkpoint: Checkpoint) -> None:
                     )
 
 
-def _copy(planned: Planned, checkpoint: Checkpoint) -> None:
+def _copy(planned: Planned, checkpoint: Checkpoint, originals: Mapping[str, dict[str, torch.Tensor]]) -> None:
+    """Fill what has been installed; `originals` are the original weights that the former processors kept, by layer."""
     config = checkpoint.config
     add_lora(
         planned[0][0].model,
@@ -285,6 +287,8 @@ def _copy(planned: Planned, checkpoint: Checkpoint) -> None:
         for layer, processor in planned:
             processor.provenance = provenance
             saved = config.layers[layer.name]
+            kept = originals.get(layer.name, {})  # not copied a second time
+            processor.original_weights |= {name: kept[name] for name in saved.weights if name in kept}
             processor.keep_original_weights(layer.attn, saved.weights)
             name = LORA_NAME if saved.lora else None
             for key, parameter in _parameters(layer, processor, saved.weights, name).items():
