@@ -74,6 +74,10 @@ class Hub:
         self.log: list[tuple[str, str]] = []
         self.leaks: list[str] = []
         self.failures: list[Failure] = []
+        # With a folder here, LFS files go to and come from the Xet store in it. Which file has which hash there only
+        # hf_xet can tell: by sha256, its Xet hash and its content.
+        self.xet_folder: str | None = None
+        self.xet_files: dict[str, tuple[str, bytes]] = {}
         self.on_request: Callable[[str, str], None] = lambda method, path: None
 
     def create(self, repo_id: str, files: dict[str, bytes] | None = None, **settings: Any) -> Repo:
@@ -325,7 +329,8 @@ class _Api(_Handler):
             elif key == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             elif key == "lfsFile":
-                files[value["path"]] = self.hub.blobs[value["oid"]]
+                oid = value["oid"]
+                files[value["path"]] = self.hub.xet_files[oid][1] if self.hub.xet_folder else self.hub.blobs[oid]
             elif key == "deletedFile" and files.pop(value["path"], None) is None:
                 return self.error(404, "EntryNotFound", "A file with this name doesn't exist")
         numbers = [int(ref.rpartition("/")[2]) for ref in repo.refs if ref.startswith("refs/pr/")]
@@ -405,6 +410,13 @@ class _Api(_Handler):
             repo.refs["main"] = repo.refs[f"refs/pr/{number}"]
             self.send(200, {})
 
+    def xet_token(self, repo_id: str, kind: str, revision: str) -> None:
+        found = self.at(repo_id, revision, write=kind == "write", content=True)
+        if found is not None:
+            url, token, end = f"local://{self.hub.xet_folder}", "xet_token", 4_000_000_000
+            headers = {"X-Xet-Cas-Url": url, "X-Xet-Access-Token": token, "X-Xet-Token-Expiration": str(end)}
+            self.send(200, {"casUrl": url, "accessToken": token, "exp": end}, headers)
+
     def resolve(self, repo_id: str, revision: str, name: str) -> None:
         found = self.at(repo_id, revision, content=True)
         if found is None:
@@ -423,6 +435,9 @@ class _Api(_Handler):
             "X-Linked-Size": str(len(content)),
             "Location": f"{self.hub.cdn}/{oid}",
         }
+        if self.hub.xet_folder:
+            headers["X-Xet-Hash"] = self.hub.xet_files[oid][0]
+            headers["Link"] = f'<{self.hub.endpoint}/api/models/{repo_id}/xet-read-token/{sha}>; rel="xet-auth"'
         return self.send(302, b"", headers)
 
 
@@ -439,6 +454,7 @@ ROUTES: list[tuple[str, str, Callable[..., None]]] = [
     ("POST", rf"/api/models/{_ID}/branch/{_REV}", _Api.branch),
     ("POST", rf"/api/models/{_ID}/tag/{_REV}", _Api.tag),
     ("POST", rf"/api/models/{_ID}/discussions/(?P<number>\d+)/merge", _Api.merge),
+    ("GET", rf"/api/models/{_ID}/xet-(?P<kind>read|write)-token/{_REV}", _Api.xet_token),
     ("GET", r"/api/models", _Api.models),
     ("GET", rf"/api/models/{_ID}/tree/{_REV}", _Api.tree),
     ("GET", rf"/api/models/{_ID}/revision/{_REV}", _Api.info),

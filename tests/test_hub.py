@@ -331,6 +331,29 @@ def test_the_base_model_tells_the_license(hub: Hub) -> None:
     assert written.data.pipeline_tag == "image-to-image"
 
 
+def test_xet(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the client does by default for large files, against the store that hf_xet keeps in a folder for tests."""
+    hf_xet = pytest.importorskip("hf_xet")
+    if not hasattr(hf_xet, "hash_files"):
+        pytest.skip("this hf_xet does not tell the hashes of files")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    monkeypatch.setenv("HF_XET_CACHE", str(tmp_path / "xet cache"))
+    hub.xet_folder = str(tmp_path / "xet")
+    pipe = student()
+    save_linear_attention(pipe, tmp_path / "student")
+    weights = tmp_path / "student" / WEIGHTS_NAME
+    content, (hashed,) = weights.read_bytes(), hf_xet.hash_files([str(weights)])
+    hub.xet_files[hashlib.sha256(content).hexdigest()] = (hashed.hash, content)
+    push_folder(tmp_path / "student", REPO)
+    assert hub.repos[REPO].messages == ["initial commit", "Upload linear attention"]
+    assert torch.equal(output(load_linear_attention(tiny.flux(), REPO)), output(pipe))
+    assert hub.requests("GET", "xet-write-token")
+    assert hub.requests("GET", "xet-read-token")
+    assert not hub.blobs or not hub.requests("GET", "/" + next(iter(hub.blobs)))
+    before = hub.repos[REPO].refs["main"]
+    assert push_folder(tmp_path / "student", REPO).oid == before
+
+
 def test_two_processes_load_at_once(hub: Hub, tmp_path: Path) -> None:
     pipe = student()
     push(pipe)
