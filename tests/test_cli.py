@@ -76,6 +76,7 @@ def test_info_of_a_file_of_clear(hub: Hub, tmp_path: Path, capsys: pytest.Captur
     text = run(capsys, "info", "Huage001/CLEAR", "--weight-name", name)
     assert "2 layers: ClearProcessor(window=16, down_factor=4" in text
     assert "black-forest-labs/FLUX.1-dev" in text
+    assert "written by  the authors of CLEAR" in text
     assert torch.equal(
         output(load_linear_attention(tiny.flux(), "Huage001/CLEAR", weight_name=name)),
         output(load_linear_attention(tiny.flux(), tmp_path, weight_name=name)),
@@ -92,6 +93,10 @@ def test_errors_are_explained_on_one_line(
     assert error.startswith("diffusers-linattn info: There is no folder 'me/nothing' here")
     assert len(error.splitlines()) == 1
     assert "does not exist" in run(capsys, "push", tmp_path / "nothing", REPO, status=1)
+    save_linear_attention(student(), tmp_path / "student")
+    picture = f"a cat={tmp_path / 'none.png'}"
+    assert "is no picture file" in run(capsys, "push", tmp_path / "student", "me/new", "--image", picture, status=1)
+    assert "me/new" not in hub.repos
     assert "PROMPT=FILE" in run(capsys, "push", tmp_path, REPO, "--image", "cat.png", status=1)
     for name in ("a bad name!", "x" * 300, ""):
         assert "neither a folder" in run(capsys, "info", name, status=1)

@@ -101,12 +101,12 @@ def push_folder(
     checkpoint = open_checkpoint(Folder(directory), variant=variant, max_bytes=NO_LIMIT)
     checkpoint.check_copies()
     api = hub_api(token)
-    with hub_errors(repo_id, revision), tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, hub_errors(repo_id, revision):
+        pictures = _pictures(images or {}, Path(temporary))
         _ensure_repository(api, repo_id, private, revision, create_pr)
         there = api.list_repo_files(repo_id, revision=revision)
         uploads = {path.name: path for path in checkpoint.files}
         stale = [name for name in there if variant_of(name) == (variant,) and name not in uploads]
-        pictures = _pictures(images or {}, Path(temporary))
         uploads |= pictures
         old_card = _card(api, repo_id, revision, temporary) if "README.md" in there else None
         if old_card is None or is_untouched(old_card):

@@ -97,7 +97,7 @@ def gallery_of(card: str) -> list[dict[str, Any]]:
 
 
 def license_of(base_model: str | None, found: Mapping[str, str] | None) -> dict[str, str]:
-    """The licence that weights derived from `base_model` have: what its card says, else what is known of it."""
+    """The license that weights derived from `base_model` have: what its card says, else what is known of it."""
     known = {key: value for key, value in (found or {}).items() if key in FLUX_LICENSE and isinstance(value, str)}
     if not known and base_model and re.fullmatch(r"black-forest-labs/FLUX\.1-(\w+-)?dev", base_model):
         known = dict(FLUX_LICENSE)
@@ -122,14 +122,14 @@ def _introduction(config: SavedConfig, base: str | None, repo_id: str) -> str:
 # pip install diffusers-linattn
 import torch
 from diffusers import DiffusionPipeline
-from diffusers_linattn import load_linear_attention, restore
+from diffusers_linattn import load_linear_attention
 
 pipe = DiffusionPipeline.from_pretrained({source}, torch_dtype=torch.bfloat16).to("cuda")
 load_linear_attention(pipe, "{repo_id}")
-restore(pipe)  # the original attention again
 ```
 
-This is not a pipeline of its own: it is loaded into the base model as above."""
+This is not a pipeline of its own: it is loaded into the base model as above. `diffusers_linattn.restore(pipe)` gives
+the original attention back."""
 
 
 def _layer_table(config: SavedConfig) -> str:
@@ -155,9 +155,9 @@ def _recipe(config: SavedConfig) -> str:
 def _license_text(base: str | None, known: Mapping[str, str]) -> str:
     name = known.get("license_name") or known.get("license")
     if name is None:
-        return f"These weights derive from {base or 'the base model'}: its licence applies."
+        return f"These weights derive from {base or 'the base model'}: its license applies."
     named = f"[{name}]({known['license_link']})" if "license_link" in known else name
-    text = f"These weights derive from {base}, whose licence applies: {named}."
+    text = f"These weights derive from {base}, whose license applies: {named}."
     if "non-commercial" in name or "-nc" in name:
         text += " **It allows non-commercial use only.**"
     return text

@@ -18,6 +18,9 @@ from diffusers_linattn.saved_config import CONFIG_NAME, MAX_CONFIG_BYTES, SavedC
 from diffusers_linattn.sources import Source, check_weight_name, open_source
 
 
+_OF_CLEAR = "the authors of CLEAR"
+
+
 @dataclass(frozen=True)
 class Summary:
     """What is known of linear attention without its weights; prints as a few lines.
@@ -30,6 +33,7 @@ class Summary:
         tensors: How many tensors are in them.
         parameters: How many numbers those hold.
         dtypes: As safetensors names them.
+        written_by: The program that wrote the files.
     """
 
     where: str
@@ -39,6 +43,7 @@ class Summary:
     tensors: int
     parameters: int
     dtypes: tuple[str, ...]
+    written_by: str
 
     def __str__(self) -> str:
         config = self.config
@@ -54,7 +59,7 @@ class Summary:
             ),
             ("recipe", json.dumps(config.recipe) if config.recipe else "not recorded"),
             *(("metric", f"{json.dumps(name)} {value:.5g}") for name, value in config.metrics.items()),
-            ("written by", f"diffusers-linattn {config.library_version}"),
+            ("written by", self.written_by),
         ]
         return "\n".join(f"{label:<12}{text}".strip() for label, text in rows)
 
@@ -82,6 +87,7 @@ def summarize(
         config = config_in(header, weight_name) or config or _clear_config(weight_name, header)
     if config is None:
         raise ValueError(f"{source.where}: {CONFIG_NAME} does not exist. {source.advice}")
+    ours = f"diffusers-linattn {config.library_version}"
     infos = [info for header, _ in headers.values() for info in header.tensors.values()]
     commit = getattr(source, "commit", None)
     return Summary(
@@ -92,6 +98,7 @@ def summarize(
         tensors=len(infos),
         parameters=sum(math.prod(info.shape) for info in infos),
         dtypes=tuple(sorted({info.dtype for info in infos})),
+        written_by=ours if config.library_version != _OF_CLEAR else _OF_CLEAR,
     )
 
 
@@ -129,7 +136,7 @@ def _clear_config(name: str, header: Header) -> SavedConfig | None:
             for layer, names in layers.items()
         },
         base_model="black-forest-labs/FLUX.1-dev",
-        library_version="the authors of CLEAR",
+        library_version=_OF_CLEAR,
     )
 
 
