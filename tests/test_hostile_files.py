@@ -280,6 +280,13 @@ def test_a_link_inside_the_folder_is_followed(folder: Path) -> None:
     (folder / WEIGHTS_NAME).rename(folder / "real.safetensors")
     (folder / WEIGHTS_NAME).symlink_to("real.safetensors")
     assert len(status(load_linear_attention(tiny.flux(), folder)).converted) == 4
+    elsewhere = folder / "models--me--x"
+    for part in ("snapshots/1", "blobs"):  # the layout of the Hub's cache, with a blob that is none
+        (elsewhere / part).mkdir(parents=True)
+    (elsewhere / "snapshots" / "1" / CONFIG_NAME).symlink_to("../../blobs/abc")
+    (elsewhere / "blobs" / "abc").symlink_to("/etc/passwd")
+    with pytest.raises(ValueError, match="is a link out of its folder"):
+        load_linear_attention(tiny.flux(), elsewhere / "snapshots" / "1")
     (folder / "inner").symlink_to(folder.parent)
     with pytest.raises(ValueError, match="is a link out of"):
         load_linear_attention(tiny.flux(), folder, subfolder="inner")

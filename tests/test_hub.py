@@ -110,6 +110,21 @@ def test_a_readme_that_a_person_edited_is_kept(hub: Hub) -> None:
     assert json.loads(hub.files(REPO)[CONFIG_NAME])["metrics"] == {"FID": 8.0}
 
 
+def test_a_push_does_not_run_over_one_that_came_meanwhile(hub: Hub) -> None:
+    push()
+
+    def edit_meanwhile(method: str, path: str) -> None:
+        if "/preupload/" in path:
+            hub.repos[REPO].commit({**hub.files(REPO), "README.md": b"# Mine"})
+
+    hub.on_request = edit_meanwhile
+    with pytest.raises(HubError, match="has changed meanwhile: try again"):
+        push(student(seed=1))
+    hub.on_request = lambda method, path: None
+    push(student(seed=1))
+    assert hub.files(REPO)["README.md"] == b"# Mine"
+
+
 def test_branch_tag_and_commit(hub: Hub) -> None:
     first, second = student(seed=1), student(seed=2)
     push(first)
@@ -349,6 +364,8 @@ def test_xet(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(output(load_linear_attention(tiny.flux(), REPO)), output(pipe))
     assert hub.requests("GET", "xet-write-token")
     assert hub.requests("GET", "xet-read-token")
+    snapshot = next(Path(constants.HF_HUB_CACHE).glob("models--*/snapshots/*"))
+    assert torch.equal(output(load_linear_attention(tiny.flux(), snapshot)), output(pipe))
     assert not hub.blobs or not hub.requests("GET", "/" + next(iter(hub.blobs)))
     before = hub.repos[REPO].refs["main"]
     assert push_folder(tmp_path / "student", REPO).oid == before

@@ -359,7 +359,10 @@ def test_group_offloading(kind: str, tmp_path: Path) -> None:
     options: dict[str, Any] = {"onload_device": torch.device("cpu"), "offload_type": kind}
     if kind == "block_level":
         options["num_blocks_per_group"] = 1
-    apply_group_offloading(other, **options)
+    try:
+        apply_group_offloading(other, **options)
+    except AttributeError:
+        pytest.skip("diffusers before 0.42 offloads from an accelerator only")
     assert torch.equal(output(load_linear_attention(other, tmp_path / "weights")), output(model))
     on_disk = tiny.flux()
     apply_group_offloading(on_disk, **options, offload_to_disk_path=str(tmp_path / "disk"))

@@ -103,12 +103,12 @@ def push_folder(
     api = hub_api(token)
     with tempfile.TemporaryDirectory() as temporary, hub_errors(repo_id, revision):
         pictures = _pictures(images or {}, Path(temporary))
-        _ensure_repository(api, repo_id, private, revision, create_pr)
-        there = api.list_repo_files(repo_id, revision=revision)
+        commit = _ensure_repository(api, repo_id, private, revision, create_pr)
+        there = api.list_repo_files(repo_id, revision=commit)
         uploads = {path.name: path for path in checkpoint.files}
         stale = [name for name in there if variant_of(name) == (variant,) and name not in uploads]
         uploads |= pictures
-        old_card = _card(api, repo_id, revision, temporary) if "README.md" in there else None
+        old_card = _card(api, repo_id, commit, temporary) if "README.md" in there else None
         if old_card is None or is_untouched(old_card):
             uploads["README.md"] = directory / "README.md"
             if not uploads["README.md"].exists():
@@ -134,6 +134,7 @@ def push_folder(
             commit_message=commit_message or "Upload linear attention",
             revision=revision,
             create_pr=create_pr,
+            parent_commit=commit,  # what was kept and what was replaced was decided on this one
         )
 
 
@@ -206,8 +207,10 @@ def _check_target(repo_id: str, revision: str | None, create_pr: bool) -> None:
         raise ValueError(f"create_pr=True opens its own branch from main: leave revision={revision!r} out.")
 
 
-def _ensure_repository(api: HfApi, repo_id: str, private: bool | None, revision: str | None, create_pr: bool) -> None:
-    """Make the repository or its branch if they do not exist."""
+def _ensure_repository(
+    api: HfApi, repo_id: str, private: bool | None, revision: str | None, create_pr: bool
+) -> str | None:
+    """Make the repository or its branch if they do not exist; the commit that it is at."""
     try:
         info = api.model_info(repo_id)
     except RepositoryNotFoundError:
@@ -222,14 +225,14 @@ def _ensure_repository(api: HfApi, repo_id: str, private: bool | None, revision:
             )
     if revision is not None:
         try:
-            api.model_info(repo_id, revision=revision)
+            return api.model_info(repo_id, revision=revision).sha
         except RevisionNotFoundError:
             api.create_branch(repo_id, branch=revision)
+    return api.model_info(repo_id, revision=revision).sha
 
 
-def _card(api: HfApi, repo_id: str, revision: str | None, cache_dir: str) -> str:
-    # Not from the user's cache: what counts is what is there now.
-    path = Path(api.hf_hub_download(repo_id, "README.md", revision=revision, cache_dir=cache_dir))
+def _card(api: HfApi, repo_id: str, commit: str | None, cache_dir: str) -> str:
+    path = Path(api.hf_hub_download(repo_id, "README.md", revision=commit, cache_dir=cache_dir))
     if path.stat().st_size > MAX_CARD_BYTES:
         return ""  # no card of ours
     return path.read_bytes().decode("utf-8", errors="replace")

@@ -157,6 +157,8 @@ def remove_lora(model: Any, attn: nn.Module) -> None:
     for place, module in _wrapped(attn).items():
         if LORA_NAME not in module.lora_A:
             continue
+        if LORA_NAME in module.merged_adapters:
+            module.unmerge()
         module.delete_adapter(LORA_NAME)
         if not module.lora_A:
             parent, _, child = place.rpartition(".")

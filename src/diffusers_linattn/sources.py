@@ -76,7 +76,10 @@ class Source:
         path = self.find(name, NO_LIMIT)
         return None if path is None else (read_header(path), path.stat().st_size)
 
-    advice = "Check subfolder, variant, weight_name and revision."
+    @property
+    def advice(self) -> str:
+        """What to do when a file is not there."""
+        return "Check subfolder, variant, weight_name and revision."
 
     def _check_size(self, name: str, size: int, max_bytes: int) -> None:
         if size > max_bytes:
@@ -97,7 +100,7 @@ class Folder(Source):
         path = self.folder / name
         if not path.exists() and not path.is_symlink():
             return None
-        real = Path(os.path.realpath(path))  # Path.resolve raises on links that go round in circles
+        real = _real(path)
         if not any(real.is_relative_to(root) for root in self._roots()):
             raise ValueError(f"{path} is a link out of its folder, which is not followed: copy the file there.")
         if not real.is_file():
@@ -106,12 +109,14 @@ class Folder(Source):
         return path
 
     def _roots(self) -> Iterator[Path]:
-        folder = self.folder.resolve()
+        folder = _real(self.folder)
         yield folder
-        # In the cache of the Hub's client the files of a snapshot are links to blobs/ beside snapshots/.
+        # In the cache of the Hub's client, files of models--me--name/snapshots/<commit> are links to blobs/ of that
+        # repository, which may be links to blobs/ of the cache.
         for parent in folder.parents:
-            if parent.name == "snapshots":
+            if parent.name == "snapshots" and parent.parent.name.startswith("models--"):
                 yield parent.parent / "blobs"
+                yield parent.parent.parent / "blobs"
 
 
 class Repository(Source):
@@ -225,10 +230,10 @@ class Repository(Source):
                 raise
 
     @property
-    def advice(self) -> str:  # type: ignore[override]
+    def advice(self) -> str:
         if self.offline:
             return "Only the cache was searched: run once without local_files_only and HF_HUB_OFFLINE."
-        return Source.advice
+        return super().advice
 
     def _cached_at_all(self) -> bool:
         folder = repo_folder_name(repo_id=self.repo_id, repo_type=constants.REPO_TYPE_MODEL)
@@ -260,7 +265,7 @@ def open_source(
         if revision is not None:
             raise ValueError(f"{directory} is a folder: revision={revision!r} only means something on the Hub.")
         folder = directory / subfolder if subfolder else directory
-        if not folder.resolve().is_relative_to(directory.resolve()):
+        if not _real(folder).is_relative_to(_real(directory)):
             raise ValueError(f"{folder} is a link out of {directory}, which is not followed.")
         return Folder(folder)
     repo_id = str(repo_or_directory)
@@ -279,6 +284,10 @@ def open_source(
         local_files_only=local_files_only,
         force_download=force_download,
     )
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # Path.resolve raises on links that go round in circles
 
 
 def check_weight_name(name: str) -> str:
