@@ -74,6 +74,7 @@ class Hub:
         self.log: list[tuple[str, str]] = []
         self.leaks: list[str] = []
         self.failures: list[Failure] = []
+        self.answers_ranges = True
         # With a folder here, LFS files go to and come from the Xet store in it. Which file has which hash there only
         # hf_xet can tell: by sha256, its Xet hash and its content.
         self.xet_folder: str | None = None
@@ -200,7 +201,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def send_file(self, content: bytes, headers: dict[str, str]) -> None:
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
-        if asked and self.command == "GET":
+        if asked and self.command == "GET" and self.hub.answers_ranges:
             start, stop = int(asked[1]), min(int(asked[2] or len(content) - 1) + 1, len(content))
             headers = {**headers, "Content-Range": f"bytes {start}-{stop - 1}/{len(content)}"}
             return self.send(206, content[start:stop], headers)

@@ -56,6 +56,9 @@ def test_push_info_and_pull(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixt
     assert len(asked) == len([name for name in hub.files(REPO) if name.endswith(".safetensors")])
     assert not list((tmp_path / "cache").rglob("snapshots/**/*.safetensors"))
 
+    hub.answers_ranges = False
+    assert run(capsys, "info", REPO) == text
+
     printed = run(capsys, "pull", REPO, "--output", tmp_path / "pulled").strip()
     assert printed == str(tmp_path / "pulled")
     for path in (tmp_path / "pulled").iterdir():

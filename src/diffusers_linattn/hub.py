@@ -104,7 +104,7 @@ def push_folder(
     with tempfile.TemporaryDirectory() as temporary, hub_errors(repo_id, revision):
         pictures = _pictures(images or {}, Path(temporary))
         commit = _ensure_repository(api, repo_id, private, revision, create_pr)
-        there = api.list_repo_files(repo_id, revision=commit)
+        there = api.list_repo_files(repo_id, revision=commit) if commit else []
         uploads = {path.name: path for path in checkpoint.files}
         stale = [name for name in there if variant_of(name) == (variant,) and name not in uploads]
         uploads |= pictures

@@ -131,9 +131,10 @@ def parse_config(content: Any, where: str) -> SavedConfig:
             f"{FORMAT_VERSION}. It was saved by {_short(content.get('library_version'))}: "
             + ("load it with that version and save it again." if older else "upgrade diffusers-linattn.")
         )
-    unknown, missing = sorted(set(content) - _TOP_LEVEL), sorted(_TOP_LEVEL - set(content))
-    if unknown or missing:
-        raise ValueError(f"{where} misses {_short(missing)} and has unknown keys {_short(unknown)}.")
+    if unknown := sorted(set(content) - _TOP_LEVEL):
+        raise ValueError(f"{where} has unknown keys {_short(unknown)}: expected {', '.join(sorted(_TOP_LEVEL))}.")
+    if missing := sorted(_TOP_LEVEL - set(content)):
+        raise ValueError(f"{where} misses {', '.join(missing)}.")
     for key, optional in (("transformer", False), ("library_version", False), ("base_model", True)):
         _check_string(content[key], f"{where}: {key}", optional)
     _check_string(content["base_model_revision"], f"{where}: base_model_revision", True)

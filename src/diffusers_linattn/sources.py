@@ -197,12 +197,20 @@ class Repository(Source):
             token=self.api.token, library_name=self.api.library_name, library_version=self.api.library_version
         )
         headers["Range"] = f"bytes={start}-{stop - 1}"
-        with hub_errors(self.repo_id, revision):
-            response = get_session().get(url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
+        with (
+            hub_errors(self.repo_id, revision),
+            get_session().stream("GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as response,
+        ):
             hf_raise_for_status(response)
-        if response.status_code != 206 or len(response.content) != stop - start:
-            raise HubError(f"{self.where}: asked for the first bytes of {name}, the Hub sent something else.")
-        return response.content
+            skip = 0 if response.status_code == 206 else start  # a server may send the whole file
+            content = b""
+            for chunk in response.iter_bytes():
+                content += chunk
+                if len(content) >= skip + stop - start:
+                    break
+        if len(content) < skip + stop - start:
+            raise HubError(f"{self.where}: the Hub sent less of {name} than was asked for. Try again.")
+        return content[skip : skip + stop - start]
 
     def path_of(self, name: str) -> str:
         """The path of the file `name` in the repository."""
