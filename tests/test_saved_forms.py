@@ -408,6 +408,31 @@ def test_quantized_layers(tmp_path: Path) -> None:
         load_linear_attention(other, tmp_path)
 
 
+def test_layers_quantized_by_torchao(tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    for form in ("full", "low rank"):
+        save_linear_attention(train(linearize(tiny.flux(), MIXED), form), tmp_path / form)
+    attention = tuple(f"{layer.name}." for layer in layers_of(tiny.flux()))
+    for quantize_attention, form in ((False, "full"), (False, "low rank"), (True, "low rank"), (True, "full")):
+        model = tiny.flux()
+        quantize_(
+            model,
+            Int8WeightOnlyConfig(),
+            lambda module, name, too=quantize_attention: (
+                isinstance(module, torch.nn.Linear) and (too or not name.startswith(attention))
+            ),
+        )
+        stock = output(model)
+        if (quantize_attention, form) == (True, "full"):
+            with pytest.raises(ValueError, match="quantized or split over devices"):
+                load_linear_attention(model, tmp_path / form)
+        else:
+            assert not torch.equal(output(load_linear_attention(model, tmp_path / form)), stock)
+        assert torch.equal(output(restore(model)), stock)
+
+
 def test_fused_projections_are_refused(tmp_path: Path) -> None:
     save_linear_attention(train(linearize(tiny.flux(), MIXED), "full"), tmp_path)
     model = tiny.flux()
