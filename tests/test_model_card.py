@@ -43,7 +43,7 @@ def test_the_yaml_keeps_the_rules_of_the_hub(base: Any, widget: Any, license: An
     data = ModelCard(text).data.to_dict()
     assert data["library_name"] == "diffusers"
     assert data["pipeline_tag"] == "text-to-image"
-    assert data["tags"] == ["diffusers", "linear-attention", "diffusers-linattn", "clear", "gla", "linear"]
+    assert data["tags"] == ["diffusers", "linear-attention", "diffusers-linattn", "flux", "clear", "gla", "linear"]
     assert not {"lora", "controlnet"} & set(data["tags"])
     known = base if base and "/" in base and " " not in base else None
     assert data.get("base_model") == known

@@ -110,7 +110,8 @@ def distill(
         run.stage("transfer", transfer_steps, transfer_learning_rate, lambda batch: _transfer(run, batch))
         run.stage("end_to_end", steps, learning_rate, lambda batch: _end_to_end(run, batch, weights))
     write_json(output_dir / LOG_NAME, {"settings": settings, "curves": run.curves})
-    recipe = {name: value for name, value in settings.items() if name != "layers"} | {"num_samples": len(samples)}
+    recipe = {"function": "diffusers_linattn.distill", "num_samples": len(samples), **settings}
+    del recipe["layers"]  # which the configuration describes
     save_linear_attention(pipe, output_dir, recipe=recipe, metrics=_last_losses(run.curves))
     (output_dir / CHECKPOINT_NAME).unlink(missing_ok=True)
     return run.curves

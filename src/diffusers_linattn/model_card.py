@@ -65,7 +65,8 @@ def write_card(
     known = license_of(base, license)
     data: dict[str, Any] = {**known, "library_name": "diffusers", "pipeline_tag": pipeline_tag}
     kinds = sorted({kind_of(layer.processor) for layer in config.layers.values()})
-    data["tags"] = [*TAGS, *kinds]
+    family = config.transformer.partition("Transformer")[0].lower()
+    data["tags"] = [*TAGS, *([family] if family.isidentifier() else []), *kinds]
     if base:
         data |= {"base_model": base, "base_model_relation": "adapter"}
     if widget:
@@ -113,10 +114,9 @@ def summarize_layers(config: SavedConfig) -> Counter[str]:
 
 
 def _introduction(config: SavedConfig, base: str | None, repo_id: str) -> str:
-    of = f"[{base}](https://huggingface.co/{base})" if base else f"a `{config.transformer}`"
+    of = f"[{base}](https://huggingface.co/{base})" if base else f"a {_cell(config.transformer)}"
     source = f'"{base}"' if base else "..."
-    return f"""Linear-cost attention for {of}: {len(config.layers)} attention layers, made with
-[diffusers-linattn](https://pypi.org/project/diffusers-linattn).
+    return f"""Linear-cost attention for {of}: {len(config.layers)} attention layers, made with diffusers-linattn.
 
 ```python
 # pip install diffusers-linattn
@@ -149,7 +149,7 @@ def _recipe(config: SavedConfig) -> str:
     if not config.recipe:
         return "No recipe is recorded."
     rows = [(name, json.dumps(value)) for name, value in config.recipe.items()]
-    return f"Distilled with `diffusers_linattn.distill`.\n\n{_table(('setting', 'value'), rows)}"
+    return _table(("setting", "value"), rows)
 
 
 def _license_text(base: str | None, known: Mapping[str, str]) -> str:

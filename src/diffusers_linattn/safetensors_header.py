@@ -19,7 +19,7 @@ from diffusers_linattn.files import parse_json
 
 
 # FLUX.1 with 57 converted layers has 437 tensors and a header of 0.1 MB.
-MAX_HEADER_BYTES = 4 << 20
+MAX_HEADER_BYTES = 2 << 20
 MAX_TENSORS = 20_000
 MAX_DIMENSIONS = 16
 ITEM_SIZES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}
