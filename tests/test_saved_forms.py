@@ -316,6 +316,25 @@ def test_a_style_lora_is_not_part_of_it(tmp_path: Path, caplog: pytest.LogCaptur
     assert other.active_adapters() == ["style"]
 
 
+def test_low_rank_forms_of_many_layers_and_a_name_that_is_taken(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    size = {"num_layers": 5, "num_single_layers": 14}
+    even = {f"single_transformer_blocks.{i}.*": ClearProcessor(window=2) for i in range(0, 14, 2)}
+    model = train(linearize(tiny.flux(**size), {"transformer_blocks.*": LinearProcessor(), **even}), "low rank")
+    save_linear_attention(model, tmp_path)
+    other = tiny.flux(**size)
+    stock = output(other)
+    assert torch.equal(output(load_linear_attention(other, tmp_path)), output(model))
+    assert torch.equal(output(restore(other)), stock)
+    taken = peft.LoraConfig(r=2, target_modules=["proj_mlp"], init_lora_weights=False)
+    other.add_adapter(taken, "linear_attention")
+    theirs = output(other)
+    with pytest.raises(ValueError, match='has a LoRA named "linear_attention" outside its converted layers'):
+        load_linear_attention(other, tmp_path)
+    assert torch.equal(output(other), theirs)
+    assert not status(other).converted
+
+
 def test_low_rank_forms_that_cannot_be_saved(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     targets = ["transformer_blocks.0.attn.to_q"]

@@ -125,10 +125,15 @@ def add_lora(model: Any, lora: Mapping[str, LowRank]) -> None:
         lora: By full module name.
 
     Raises:
-        ValueError: peft is not installed.
+        ValueError: peft is not installed, or the name is taken.
     """
     if not lora:
         return
+    if LORA_NAME in getattr(model, "peft_config", {}):
+        raise ValueError(
+            f'The model has a LoRA named "{LORA_NAME}" outside its converted layers, and this name is needed: '
+            f'delete_adapters("{LORA_NAME}") or load that LoRA under another name.'
+        )
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
