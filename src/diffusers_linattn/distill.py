@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -338,7 +339,7 @@ def _last_losses(curves: dict[str, list[dict[str, float]]], steps: int = 100) ->
         for name in names if curves[stage] else []:
             label = stage if name == "loss" else f"{stage} {name}"
             means[f"{label} loss"] = fmean(row[name] for row in curves[stage][-steps:])
-    return means
+    return {label: mean for label, mean in means.items() if math.isfinite(mean)}
 
 
 def _tensors(output: Any) -> list[torch.Tensor]:
