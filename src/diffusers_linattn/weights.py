@@ -10,8 +10,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from diffusers_linattn.files import read_json, write_atomically, write_json
-from diffusers_linattn.linearize import Layer, install, layers_of, plan, transformers_of
+from diffusers_linattn.linearize import Layer, fuse_again, install, is_quantized, layers_of, plan, transformers_of
 from diffusers_linattn.processors import BaseProcessor, ClearProcessor, GLAProcessor, LinearProcessor
+from diffusers_linattn.processors.base import fused_loras
 from diffusers_linattn.version import __version__
 
 
@@ -50,6 +51,7 @@ def save_linear_attention(pipe_or_model: Any, directory: str | Path) -> Path:
     tensors: dict[str, torch.Tensor] = {}
     for layer, processor in converted:
         assert processor is not None
+        processor.check_fused_loras(layer.attn)
         own, kept = processor.weights_of(layer.attn), processor.original_weights
         changed = sorted(name for name in kept if not torch.equal(own[name], kept[name].to(own[name])))
         layers[layer.name] = _describe(processor, changed)
@@ -104,6 +106,18 @@ def load_linear_attention(
     for layer, processor in planned:
         assert processor is not None
         expected |= _tensors(layer, processor, config["layers"][layer.name]["weights"])
+        own = processor.weights_of(layer.attn)
+        for name in config["layers"][layer.name]["weights"]:
+            if is_quantized(own[name]):
+                raise ValueError(
+                    f"{layer.name}.{name} is quantized, and the file has another one in its place: load it into the "
+                    "model as it was before quantization, then quantize."
+                )
+        if config["layers"][layer.name]["weights"] and fused_loras(layer.attn):
+            raise ValueError(
+                f"{layer.name} has a LoRA fused into its weights, which the loaded weights would replace: call "
+                "unfuse_lora(), load, then fuse_lora() again."
+            )
     path = folder / WEIGHTS_NAME
     try:
         with safe_open(path, framework="pt") as file:
@@ -119,6 +133,8 @@ def load_linear_attention(
             processor.keep_original_weights(layer.attn, names)
             for name, tensor in _tensors(layer, processor, names).items():
                 tensor.copy_(loaded[name])
+            if names:
+                fuse_again(layer.attn)
     return pipe_or_model
 
 
