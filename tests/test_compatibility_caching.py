@@ -82,8 +82,9 @@ def test_a_covering_window_is_the_stock_model_under_the_same_cache(name: str, fi
 @pytest.mark.parametrize("name", CACHES)
 def test_other_mechanisms_differ_from_the_stock_model_under_a_cache_as_well(name: str) -> None:
     make, call, config = CACHES[name]
+    # Not the pipeline itself: after a call without a cache, diffusers 0.40 finds no context for one.
+    plain = generate(tiny.train(linearize(make(), tiny.TRAINABLE["linear"])), call)[0]
     stock, pipe = make(), tiny.train(linearize(make(), tiny.TRAINABLE["linear"]))
-    plain = generate(pipe, call)[0]
     for each in (stock, pipe):
         each.transformer.enable_cache(config(each))
     output, calls = generate(pipe, call)

@@ -173,9 +173,14 @@ def backend() -> Any:
 
 
 @pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
 @pytest.mark.parametrize("first", ["backend", "conversion"])
-def test_another_attention_backend_is_for_the_layers_that_are_dense(first: str) -> None:
+def test_another_attention_backend_is_for_the_layers_that_are_dense(first: str, masked: bool) -> None:
     inputs = tiny.flux_inputs(6, 9)
+    if masked:
+        mask = torch.ones(1, 1, 1, 61, dtype=torch.bool)
+        mask[..., 2] = False
+        inputs["joint_attention_kwargs"] = {"attention_mask": mask}
     with torch.no_grad():
         plain = tiny.train(linearize(tiny.flux(), tiny.TRAINABLE["clear"], layers="transformer_blocks.*"))
         expected = plain(**inputs)[0]

@@ -31,7 +31,7 @@ from diffusers_linattn import (
 from diffusers_linattn.linearize import layers_of
 from diffusers_linattn.processors.attention_call import AttentionCall
 
-from model_cases import CASES, Call, Case, Token, change
+from model_cases import CASES, Call, Case, Token, assert_near, change, output_of
 
 
 MECHANISMS = {
@@ -120,17 +120,6 @@ def run_masked(model: nn.Module, case: Case, call: Call, window: int) -> torch.T
     assert modes
     assert all(mode.calls for mode in modes)
     return output
-
-
-def output_of(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-    output = model(**inputs)
-    output = output[0] if isinstance(output, tuple) else output
-    return torch.cat([item.flatten() for item in output]) if isinstance(output, list) else output
-
-
-def assert_near(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 2e-6) -> None:
-    assert actual.isfinite().all()
-    torch.testing.assert_close(actual, expected, atol=tolerance * max(1.0, expected.abs().max().item()), rtol=0)
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """Tiny models of every supported family, with inputs and what their tokens are."""
 
-from model_cases.case import Call, Case, Token, change
+from model_cases.case import Call, Case, Token, assert_near, change, output_of
 from model_cases.image_alone import IMAGE_ALONE
 from model_cases.image_joint import IMAGE_JOINT
 from model_cases.image_shapes import IMAGE_SHAPES
@@ -24,4 +24,4 @@ CASES: dict[str, Case] = {
     **VIDEO_PACKED,
 }
 
-__all__ = ["CASES", "Call", "Case", "Token", "change"]
+__all__ = ["CASES", "Call", "Case", "Token", "assert_near", "change", "output_of"]

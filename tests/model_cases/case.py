@@ -95,3 +95,14 @@ def change(inputs: dict[str, Any], name: str, index: Any) -> dict[str, Any]:
         item, index = item[index[0]], index[1:]
     item[index] += 3
     return {**inputs, name: value}
+
+
+def output_of(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+    output = model(**inputs)
+    output = output[0] if isinstance(output, tuple) else output
+    return torch.cat([item.flatten() for item in output]) if isinstance(output, list) else output
+
+
+def assert_near(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 2e-6) -> None:
+    assert actual.isfinite().all()
+    torch.testing.assert_close(actual, expected, atol=tolerance * max(1.0, expected.abs().max().item()), rtol=0)
