@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from hub_server import OWNER, Hub, running_hub
 from huggingface_hub import constants
 
 from diffusers_linattn import ClearProcessor, linearize, push_linear_attention
+
+import tiny
 
 
 REPO = "me/flux-clear"

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from diffusers import FluxTransformer2DModel
 from safetensors.torch import save_file
 
 from diffusers_linattn import ClearProcessor, linearize, load_linear_attention, restore, save_linear_attention, status
 from diffusers_linattn.linearize import layers_of
+
+import tiny
 
 
 POOLED = "clear_local_16_down_4.safetensors"

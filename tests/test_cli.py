@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from hub_client import REPO, environment, output, push, student, tiny_image
 from hub_server import Hub
@@ -19,6 +18,8 @@ from diffusers_linattn import load_linear_attention, save_linear_attention
 from diffusers_linattn.checkpoint import WEIGHTS_NAME
 from diffusers_linattn.cli import main
 from diffusers_linattn.saved_config import CONFIG_NAME
+
+import tiny
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: Any, status: int = 0) -> str:

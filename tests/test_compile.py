@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from diffusers_linattn import ClearProcessor, GLAProcessor, LinearProcessor, linearize, restore
+
+import tiny
 
 
 # (height, width, text): more sizes than torch compiles a block for, two of the same length among them.

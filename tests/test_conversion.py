@@ -6,15 +6,16 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import tiny
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from diffusers_linattn import ClearProcessor, GLAProcessor, LinearProcessor, linearize, restore
 from diffusers_linattn.linearize import layers_of
-from diffusers_linattn.models import _grids_of_ids
+from diffusers_linattn.models.grids import grids_of_ids
 from diffusers_linattn.tracker import find_tracker
+
+import tiny
 
 
 Case = tuple[Callable[[], torch.nn.Module], dict[str, Any]]
@@ -165,8 +166,8 @@ def test_the_layout_finds_the_token_that_a_latent_becomes(name: str) -> None:
         changed[:, 3 * 9 + 4] += 5
     model(**{**inputs, "hidden_states": changed})
     rows = (seen[0] != seen[1]).any(-1).any(1).any(0).nonzero().flatten().tolist()
-    layout = find_tracker(model).last  # type: ignore[union-attr]
-    segment = layout.grids[0]  # type: ignore[union-attr]
+    (layout,) = find_tracker(model).last["joint"]  # type: ignore[union-attr]
+    segment = layout.grids[0]
     assert rows == [segment.start + 3 * segment.grid[2] + 4]  # type: ignore[index]
 
 
@@ -280,11 +281,11 @@ def test_backward_inside_autocast(mechanism: str) -> None:
 def test_position_ids_in_the_dtype_of_the_latents(grid: tuple[int, int], dtype: torch.dtype) -> None:
     # bf16 rounds whole numbers above 256, and pipelines make the ids in it.
     ids = torch.cat([tiny.flux_ids(*grid), tiny.flux_ids(5, 7, picture=1)]).to(dtype)
-    assert _grids_of_ids(ids) == [(1, *grid), (1, 5, 7)]
+    assert grids_of_ids(ids) == [(1, *grid), (1, 5, 7)]
     if grid[0] * grid[1] > 3:
         ids[[1, -2]] = ids[[-2, 1]]
         with pytest.raises(ValueError, match="in raster order"):
-            _grids_of_ids(ids)
+            grids_of_ids(ids)
 
 
 @torch.no_grad()

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 
 from diffusers_linattn import (
@@ -23,6 +22,8 @@ from diffusers_linattn import (
 from diffusers_linattn import distill as distill_function
 from diffusers_linattn.linearize import layers_of
 from diffusers_linattn.samples import Samples
+
+import tiny
 
 
 PROMPTS = ["a cat", "a dog", "the red cat"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import tiny
 import torch
 
 from diffusers_linattn import (
@@ -18,6 +17,8 @@ from diffusers_linattn import (
     linearize,
     local_attention,
 )
+
+import tiny
 
 
 pytestmark = pytest.mark.gpu

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -23,6 +22,8 @@ from diffusers_linattn.checkpoint import WEIGHTS_NAME
 from diffusers_linattn.files import parse_json
 from diffusers_linattn.safetensors_header import Header, parse_header, read_header
 from diffusers_linattn.saved_config import CONFIG_KEY, CONFIG_NAME, SavedConfig, parse_config
+
+import tiny
 
 
 LAYER = "transformer_blocks.0.attn"

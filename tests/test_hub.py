@@ -13,7 +13,6 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-import tiny
 import torch
 from hub_client import REPO, environment, output, push, student, tiny_image
 from hub_server import OWNER, STRANGER, Hub
@@ -31,6 +30,8 @@ from diffusers_linattn.hub import push_folder
 from diffusers_linattn.linearize import layers_of
 from diffusers_linattn.saved_config import CONFIG_NAME
 from diffusers_linattn.sources import HubError
+
+import tiny
 
 
 def check_unchanged(model: Any, message: str, *arguments: Any, **options: Any) -> None:

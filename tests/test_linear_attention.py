@@ -343,8 +343,8 @@ def test_resolve_feature_map_raises_to_fp32():
 def test_reduce_to_key_mask_takes_the_rows_that_see():
     row = torch.tensor([0.0, -1.5, float("-inf")])
     mask = torch.stack([torch.full((3,), float("-inf")), row, row])
-    key_mask = reduce_to_key_mask(mask, torch.float64)
+    key_mask = reduce_to_key_mask(mask, TokenLayout.image((1, 1, 3)), torch.float64)
     assert key_mask.bias.dtype == torch.float64
     torch.testing.assert_close(key_mask.bias.flatten(), row.double())
     assert key_mask.visible.flatten().tolist() == [False, True, True]
-    assert reduce_to_key_mask(None, torch.float32) is None
+    assert reduce_to_key_mask(None, TokenLayout.image((1, 1, 3)), torch.float32) is None

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, FluxPipeline
 from diffusers.models.attention_processor import AttnProcessor2_0
@@ -18,6 +17,8 @@ from diffusers_linattn import ClearProcessor, GLAProcessor, LinearProcessor, lin
 from diffusers_linattn.linearize import layers_of, original_attention
 from diffusers_linattn.processors.base import BaseProcessor
 from diffusers_linattn.tracker import find_tracker
+
+import tiny
 
 
 def windows(model: Any) -> list[Any]:
@@ -143,7 +144,7 @@ def test_attributes_that_diffusers_sets_on_processors_move_along() -> None:
     original._attention_backend = None
     model.transformer_blocks[0].attn.processor._parallel_config = object()
     linearize(model, ClearProcessor(window=2))
-    with pytest.raises(ValueError, match="Context parallelism splits the sequence"):
+    with pytest.raises(NotImplementedError, match="Context parallelism splits the sequence"):
         model(**tiny.flux_inputs())
 
 
@@ -234,7 +235,7 @@ def test_a_pipeline_without_a_known_transformer_is_refused() -> None:
             super().__init__()
             self.register_modules(vae=vae)
 
-    with pytest.raises(ValueError, match=r"Unknown \(which holds AutoencoderKL\).*Supported: DiTTransformer2DModel"):
+    with pytest.raises(ValueError, match=r"Unknown \(which holds AutoencoderKL\).*Supported: .*DiTTransformer2DModel"):
         linearize(Unknown(tiny.vae()), ClearProcessor())
 
 
@@ -376,7 +377,7 @@ def test_status_says_what_and_how() -> None:
         assert [layer.implementation for layer in status(model).layers] == ["tiled", "tiled", "chunked", "dense"]
         model(**tiny.flux_inputs(2, 3))
     assert "dense (the window covers the grid)" in str(status(model))
-    assert "3 of 4 attention layers converted" in str(status(model))
+    assert "3 of 4 attention layers over images are converted" in str(status(model))
 
 
 def test_gradient_checkpointing_with_two_sizes_in_flight() -> None:

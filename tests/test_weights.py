@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -22,6 +21,8 @@ from diffusers_linattn import (
 )
 from diffusers_linattn.linearize import layers_of
 from diffusers_linattn.weights import CONFIG_NAME, WEIGHTS_NAME
+
+import tiny
 
 
 def train_a_little(model: torch.nn.Module, inputs: dict[str, Any]) -> None:

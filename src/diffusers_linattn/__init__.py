@@ -3,11 +3,13 @@
 from diffusers_linattn.distill import distill
 from diffusers_linattn.hub import find_linear_attention, push_linear_attention
 from diffusers_linattn.layout import TokenLayout
-from diffusers_linattn.linearize import linearize, original_attention, restore, status
+from diffusers_linattn.linearize import linearize, original_attention, restore
+from diffusers_linattn.models import supported_models
 from diffusers_linattn.ops import gated_linear_attention, linear_attention, local_attention
 from diffusers_linattn.processors import ClearProcessor, GLAProcessor, LinearProcessor
 from diffusers_linattn.samples import make_samples
 from diffusers_linattn.set_attn_processor import install_set_attn_processor
+from diffusers_linattn.status import status
 from diffusers_linattn.version import __version__
 from diffusers_linattn.weights import load_linear_attention, save_linear_attention
 
@@ -31,6 +33,7 @@ __all__ = [
     "restore",
     "save_linear_attention",
     "status",
+    "supported_models",
 ]
 
 install_set_attn_processor()

@@ -13,15 +13,21 @@ from torch import nn
 
 from diffusers_linattn.lora import lora_switched_off, remove_lora
 from diffusers_linattn.models import Family, find_family, unsupported_message
-from diffusers_linattn.processors.base import HOST_ATTRIBUTES, BaseProcessor
-from diffusers_linattn.tracker import find_tracker, install_tracker, remove_tracker
+from diffusers_linattn.offloading import check_offloading, offload_again
+from diffusers_linattn.processors.base import HOST_ATTRIBUTES, BaseProcessor, RandomInit
+from diffusers_linattn.tracker import check_not_parallel, find_tracker, install_tracker, remove_tracker
 
 
 PipelineOrModel = TypeVar("PipelineOrModel")
 Layers = str | int | Callable[[str], bool] | Iterable[str | int]
 
-# What `reset_projections` starts afresh, and what distillation trains besides a processor's own weights.
-PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+# What `reset_projections` starts afresh, and what distillation trains besides a processor's own weights: the query,
+# key, value and output projections of the image (in single-stream layers of all tokens) by the names in diffusers.
+PROJECTIONS = (
+    *("to_q", "to_k", "to_v", "to_out.0", "to_out"),
+    *("to_query", "to_key", "to_value", "out_layer"),
+    *("img_attn_qkv", "img_attn_proj", "img_qkv_proj", "to_qkv_mlp_proj"),
+)
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,10 @@ def transformers_of(pipe_or_model: Any) -> list[nn.Module]:
     if isinstance(pipe_or_model, nn.Module):
         model = getattr(pipe_or_model, "_orig_mod", pipe_or_model)  # torch.compile wraps the module
         if find_family(model) is None:
-            raise ValueError(unsupported_message(type(model).__name__))
+            name = type(model).__name__
+            raise ValueError(
+                unsupported_message(f"{name} is not a transformer that diffusers_linattn knows.", type(model))
+            )
         return [model]
     components = getattr(pipe_or_model, "components", None)
     if not isinstance(components, Mapping):
@@ -69,7 +78,10 @@ def transformers_of(pipe_or_model: Any) -> list[nn.Module]:
     models = [module for module in modules if find_family(module) is not None]
     if not models:
         held = ", ".join(type(module).__name__ for module in modules) or "no module"
-        raise ValueError(unsupported_message(f"{type(pipe_or_model).__name__} (which holds {held})"))
+        found = f"{type(pipe_or_model).__name__} (which holds {held})"
+        raise ValueError(
+            unsupported_message(f"{found} has no transformer that diffusers_linattn knows.", *map(type, modules))
+        )
     return models
 
 
@@ -79,8 +91,9 @@ def layers_of(pipe_or_model: Any) -> list[Layer]:
     for model in transformers_of(pipe_or_model):
         family = find_family(model)
         assert family is not None
+        scopes = family.scopes(model)
         named = [
-            (name, module, scope)
+            (name, module, scopes.get(name, scope))
             for name, module in model.named_modules()
             for pattern, scope in family.layers.items()
             if fnmatchcase(name, pattern) and hasattr(module, "processor")
@@ -142,51 +155,6 @@ def restore(pipe_or_model: PipelineOrModel) -> PipelineOrModel:
     return pipe_or_model
 
 
-@dataclass(frozen=True)
-class LayerStatus:
-    """How one layer attends: its name, its processor (`None` while dense) and the implementation that answers."""
-
-    name: str
-    processor: BaseProcessor | None
-    implementation: str
-
-
-@dataclass(frozen=True)
-class Status:
-    """What [`status`] found; prints as a table."""
-
-    layers: tuple[LayerStatus, ...]
-
-    @property
-    def converted(self) -> tuple[LayerStatus, ...]:
-        """The layers that have a processor of this library."""
-        return tuple(layer for layer in self.layers if layer.processor is not None)
-
-    def __str__(self) -> str:
-        rows = [("layer", "processor", "implementation")]
-        rows += [(layer.name, repr(layer.processor or "original"), layer.implementation) for layer in self.layers]
-        widths = [max(len(row[i]) for row in rows) for i in range(2)]
-        lines = [f"{name:<{widths[0]}}  {processor:<{widths[1]}}  {impl}" for name, processor, impl in rows]
-        return "\n".join([f"{len(self.converted)} of {len(self.layers)} attention layers converted", *lines])
-
-
-def status(pipe_or_model: Any) -> Status:
-    """Which layers are converted, how, and by which implementation for the size of the latest call.
-
-    Example:
-        >>> print(status(pipe))  # doctest: +SKIP
-    """
-    found = []
-    for layer in layers_of(pipe_or_model):
-        processor, tracker = layer.processor, find_tracker(layer.model)
-        implementation = "dense"
-        if processor is not None:
-            called = tracker is not None and tracker.last is not None
-            implementation = processor.implementation(tracker.layout_of(layer.scope) if tracker and called else None)
-        found.append(LayerStatus(layer.name, processor, implementation))
-    return Status(tuple(found))
-
-
 def plan(
     pipe_or_model: Any,
     processor_or_mapping: BaseProcessor | Mapping[str, BaseProcessor | None],
@@ -226,21 +194,40 @@ _EXPECTED = (
 def _build(layer: Layer, template: BaseProcessor | None) -> BaseProcessor | None:
     if template is None:
         return None
+    check_not_parallel(layer.model)
     current = layer.processor
     original = layer.attn.processor if current is None else current.original
     try:
         built = template.copy_for_layer(layer.attn, original, index=layer.index, scope=layer.scope)
     except ValueError as error:
         raise ValueError(f"{layer.name}: {error}") from error
+    if built.own_parameters():
+        check_offloading(layer.model)
     if template.reset_projections:
+        if _submodule(layer.attn, "to_qkv_mlp_proj") is not None:
+            raise ValueError(
+                f"{layer.name}: reset_projections would reset the MLP as well, which shares its weights with the "
+                "attention here. Keep the projections in this layer."
+            )
         for name in PROJECTIONS:
             projection = _submodule(layer.attn, name)
-            if projection is not None and not isinstance(projection, nn.Linear):
+            # to_out, whose first module is a projection of its own; in Lumina-Next it is another layer's.
+            if isinstance(projection, nn.ModuleList | nn.Identity):
+                continue
+            if projection is None:
+                continue
+            quantized = isinstance(projection, nn.Linear) and is_quantized(projection.weight)
+            if quantized or not isinstance(projection, nn.Linear):
                 raise ValueError(
                     f"{layer.name}: reset_projections needs plain linear projections, {name} is a "
-                    f"{type(projection).__name__}."
+                    f"{'quantized ' if quantized else ''}{type(projection).__name__}."
                 )
     return built
+
+
+def is_quantized(weight: torch.Tensor) -> bool:
+    """Whether a weight is not the plain tensor of numbers that another one can be copied into."""
+    return not weight.is_floating_point() or type(weight.data) is not torch.Tensor
 
 
 def install(planned: list[tuple[Layer, BaseProcessor | None]]) -> None:
@@ -254,8 +241,13 @@ def install(planned: list[tuple[Layer, BaseProcessor | None]]) -> None:
         if processor.reset_projections:
             _reset_projections(layer, processor)
     for model in {id(layer.model): layer.model for layer, _ in planned}.values():
-        if not any(layer.processor for layer in layers_of(model)):
+        names = tuple(layer.name for layer in layers_of(model) if layer.processor)
+        tracker = find_tracker(model)
+        if tracker is not None:
+            tracker.watch(names)
+        if not names:
             remove_tracker(model)
+        offload_again(model)
 
 
 def restore_layer(layer: Layer) -> None:
@@ -264,11 +256,16 @@ def restore_layer(layer: Layer) -> None:
     if processor is None:
         return
     remove_lora(layer.model, layer.attn)
+    processor.check_fused_loras(layer.attn)
     own = processor.weights_of(layer.attn)
-    changed = [(own[name], weight) for name, weight in processor.original_weights.items()]
+    # Projections that are fused by now are made again from the restored ones.
+    kept = {name: w for name, w in processor.original_weights.items() if name in own or not name.startswith(_FUSED)}
+    changed = [(own[name], weight) for name, weight in kept.items()]
     with torch.no_grad():
         for parameter, weight in changed:
             parameter.copy_(weight)
+    if changed:
+        fuse_again(layer.attn)
     for name in HOST_ATTRIBUTES:
         if hasattr(processor.original, name):
             setattr(processor.original, name, getattr(processor, name))
@@ -285,11 +282,22 @@ def original_attention(pipe_or_model: Any) -> Iterator[None]:
     """
     converted = [(layer, layer.processor) for layer in layers_of(pipe_or_model)]
     switched: list[tuple[nn.Parameter, torch.Tensor]] = []
+    trackers = [tracker for model in transformers_of(pipe_or_model) if (tracker := find_tracker(model))]
+    watched = [tracker.installed for tracker in trackers]
     try:
+        for tracker in trackers:
+            tracker.watch(())
         for layer, processor in converted:
             if processor is None:
                 continue
+            processor.check_fused_loras(layer.attn)
             own = processor.weights_of(layer.attn)
+            kept = processor.original_weights
+            if kept and getattr(layer.attn, "fused_projections", False) and "to_qkv.weight" not in kept:
+                raise ValueError(
+                    f"{layer.name}: its projections are fused, so that its original weights cannot be switched in. "
+                    "Call unfuse_qkv_projections() on the model first."
+                )
             for name, weight in processor.original_weights.items():
                 if own[name].is_meta:
                     raise ValueError(
@@ -307,6 +315,18 @@ def original_attention(pipe_or_model: Any) -> Iterator[None]:
         for layer, processor in converted:
             if processor is not None:
                 layer.attn.processor = processor
+        for tracker, names in zip(trackers, watched, strict=True):
+            tracker.watch(names)
+
+
+_FUSED = ("to_qkv.", "to_kv.", "to_added_qkv.")
+
+
+def fuse_again(attn: Any) -> None:
+    """Where `fuse_qkv_projections` was called: make the fused projections again from the single ones."""
+    if getattr(attn, "fused_projections", False):
+        attn.fused_projections = False
+        attn.fuse_projections()
 
 
 def set_processor(attn: Any, processor: Any) -> None:
@@ -316,16 +336,17 @@ def set_processor(attn: Any, processor: Any) -> None:
 
 
 def _reset_projections(layer: Layer, processor: BaseProcessor) -> None:
-    linears = {name: module for name in PROJECTIONS if (module := _submodule(layer.attn, name)) is not None}
+    linears = {name: m for name in PROJECTIONS if isinstance(m := _submodule(layer.attn, name), nn.Linear)}
     weights = [f"{name}.{weight}" for name, module in linears.items() for weight, _ in module.named_parameters()]
     processor.keep_original_weights(layer.attn, weights)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(layer.index)
-        for module in linears.values():
+    random_init = RandomInit(seed=layer.index)
+    for module in linears.values():
+        with random_init:
             fresh = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
-            with torch.no_grad():
-                for name, parameter in module.named_parameters():
-                    parameter.copy_(fresh.get_parameter(name))
+        with torch.no_grad():
+            for name, parameter in module.named_parameters():
+                parameter.copy_(fresh.get_parameter(name))
+    fuse_again(layer.attn)
 
 
 def _submodule(attn: nn.Module, name: str) -> Any:

@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 # The name in peft under which matrices are loaded. `restore` takes those of this name away, and no others.
 LORA_NAME = "linear_attention"
+# What `add_adapter` calls a new LoRA; those that `load_lora_weights` brings have other names.
+TRAINED_NAME = "default"
 
 
 @dataclass(frozen=True)
@@ -31,40 +33,27 @@ class LowRank:
 def lora_to_save(model: nn.Module, converted: Sequence[nn.Module]) -> str | None:
     """The name of the LoRA that is part of the conversion, `None` if there is none.
 
-    It is the one named [`LORA_NAME`]; without that, the active one that lies in converted layers only. A LoRA that
-    also reaches other modules is one of its own, to be shared as such.
+    It is the one named [`LORA_NAME`]; without that, the one that `add_adapter` makes to be trained, if it lies in
+    converted layers only. Others were loaded, and are shared as what they are.
 
     Args:
         model: The transformer.
         converted: Its converted attention modules.
 
     Raises:
-        ValueError: Several could be meant, or it is merged into the weights.
+        ValueError: It is merged into the weights.
     """
-    inside: set[str] = set()
-    for attn in converted:
-        for module in _wrapped(attn).values():
-            inside |= set(module.lora_A)
+    modules = [module for attn in converted for module in _wrapped(attn).values()]
+    inside = {name for module in modules for name in module.lora_A}
     if not inside:
         return None
-    name: str | None
-    if LORA_NAME in inside:
-        name = LORA_NAME
-    else:
-        places = {id(module) for attn in converted for module in _wrapped(attn).values()}
-        everywhere = _wrapped(model).values()
-        outside = {name for module in everywhere if id(module) not in places for name in module.lora_A}
-        active = {name for module in everywhere if not module.disable_adapters for name in module.active_adapters}
-        candidates = sorted((inside & active) - outside)
-        if len(candidates) > 1:
-            raise ValueError(
-                f"The LoRAs {', '.join(candidates)} all lie in the converted layers: delete those that are not part "
-                "of the linear attention (delete_adapters), or fuse them."
-            )
-        name = candidates[0] if candidates else None
+    places = {id(module) for module in modules}
+    outside = {name for module in _wrapped(model).values() if id(module) not in places for name in module.lora_A}
+    name = next((name for name in (LORA_NAME, TRAINED_NAME) if name in inside), None)
+    if name == TRAINED_NAME and name in outside:
+        name = None
     for other in sorted(inside - {name}):
         logger.warning("The LoRA %s is not part of what is saved: share it with save_lora_weights.", other)
-    modules = [module for attn in converted for module in _wrapped(attn).values()]
     if name is not None and any(name in module.merged_adapters for module in modules):
         raise ValueError(f"The LoRA {name} is merged into the weights: call unfuse_lora() first.")
     return name

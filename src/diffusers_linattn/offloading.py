@@ -1,4 +1,4 @@
-"""What loading has to know of a model whose weights are moved to and fro by diffusers' group offloading."""
+"""What conversion and loading have to know of a model whose weights are moved to and fro by group offloading."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def check_offloading(model: Any) -> None:
-    """Refuse a model whose weights lie on disk: what is copied into its parameters would be overwritten from there.
+    """Refuse a model whose weights lie on disk: what is put into its parameters would be overwritten from there.
 
     Raises:
         ValueError: Such a model.
@@ -16,8 +16,8 @@ def check_offloading(model: Any) -> None:
         for hook in getattr(registry, "hooks", {}).values():
             if getattr(getattr(hook, "group", None), "offload_to_disk_path", None) is not None:
                 raise ValueError(
-                    "The model is offloaded to disk, where loaded weights would not arrive: load them before "
-                    "enable_group_offload(offload_to_disk_path=...)."
+                    "The model is offloaded to disk, where new weights would not arrive: convert it, or load them, "
+                    "before enable_group_offload(offload_to_disk_path=...)."
                 )
 
 

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from diffusers_linattn.layout import TokenLayout
-from diffusers_linattn.models import Family, ForwardArguments
+from diffusers_linattn.models import Family, ForwardArguments, Layouts
+from diffusers_linattn.models.family import Memo
+
+
+Scopes = dict[str, tuple[TokenLayout, ...]]
 
 
 class LayoutTracker:
-    """A forward pre-hook that works out the [`TokenLayout`] of each call of one transformer.
+    """A forward pre-hook that works out the token layouts of each call of one transformer.
 
     The processors of the model share the tracker; neither refers to the model.
     """
@@ -22,46 +27,99 @@ class LayoutTracker:
     def __init__(self, model: nn.Module, family: Family):
         self.family = family
         self.names = tuple(inspect.signature(type(model).forward).parameters)[1:]
-        self.last: TokenLayout | None = None
-        self._memo: dict[str, tuple[torch.Tensor, int, Any]] = {}
-        self._kinds: tuple[str, ...] = ()
-        self._sizes: list[torch.Tensor] = []
+        self.last: Scopes = {}
+        self.installed: tuple[str, ...] = ()
+        self._warned = False
+        self._memo: Memo = {}
+        self._shapes: dict[str, list[list[tuple[str, torch.Tensor]]]] = {}
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        check_not_parallel(model)
         arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        self.set(self.family.layout(model, ForwardArguments(arguments, self._memo)))
+        self.set(_by_scope(self.family.layout(model, ForwardArguments(arguments, self._memo))))
         if torch.is_grad_enabled():
             _prepare_for_training(model, self)
+        if not self._warned and not torch.compiler.is_compiling():
+            self._warn_of_replaced(model)
 
-    def set(self, layout: TokenLayout | None) -> None:
-        """Make `layout` the one that [`layout_of`] answers with."""
-        if layout == self.last and not torch.compiler.is_compiling():
+    def set(self, scopes: Scopes) -> None:
+        """Make `scopes` what [`layouts_of`] answers with."""
+        if not torch.compiler.is_compiling() and scopes == self.last:  # Dynamo cannot compare them
             return
-        self.last = layout
-        segments = layout.segments if layout is not None else ()
+        self.last = scopes
         # The sizes again, as shapes of tensors without elements: inside a compiled block they become symbolic sizes,
         # where plain integers would be guards and cost one graph for each resolution.
-        self._kinds = tuple(segment.kind for segment in segments)
-        self._sizes = [torch.empty(0, *(segment.grid or (segment.length,))) for segment in segments]
+        self._shapes = {
+            scope: [
+                [(segment.kind, torch.empty(0, *(segment.grid or (segment.length,)))) for segment in layout.segments]
+                for layout in layouts
+            ]
+            for scope, layouts in scopes.items()
+        }
 
-    def layout_of(self, scope: str) -> TokenLayout:
-        """The layout of the current call for a layer that attends over `scope`, `"joint"` or `"image"`.
+    def layouts_of(self, scope: str) -> tuple[TokenLayout, ...]:
+        """The layouts of the current call for a layer of that scope: one for all samples, or one for each.
 
         Raises:
             ValueError: The model has not been called: its layers cannot be called on their own.
         """
-        layout = self.last
-        if layout is None:
+        layouts = self.last.get(scope)
+        if layouts is None:
             raise ValueError(
                 "No token layout: call the transformer (or its pipeline), not one of its layers. The layout is read "
                 "from the arguments of the transformer's forward."
             )
         if torch.compiler.is_compiling():
-            sizes = [tuple(size.shape[1:]) for size in self._sizes]
-            layout = TokenLayout.of(
-                [(kind, size if len(size) == 3 else size[0]) for kind, size in zip(self._kinds, sizes, strict=True)]
+            return tuple(_layout_of_shapes(shapes) for shapes in self._shapes[scope])
+        return layouts
+
+    def watch(self, names: tuple[str, ...]) -> None:
+        """Warn at the next call, once, when one of these layers has lost its processor to another."""
+        self.installed = names
+        self._warned = False
+
+    def replaced(self, model: nn.Module) -> dict[str, str]:
+        """The layers that were converted and have a processor of another kind by now, with the class of it."""
+        found = {}
+        for name in self.installed:
+            try:
+                processor: Any = model.get_submodule(name).processor
+            except AttributeError:  # the block was taken out of the model
+                continue
+            if getattr(processor, "tracker", None) is not self:
+                found[name] = type(processor).__name__
+        return found
+
+    def _warn_of_replaced(self, model: nn.Module) -> None:
+        replaced = self.replaced(model)
+        if replaced:
+            self._warned = True
+            kinds = ", ".join(sorted(set(replaced.values())))
+            warnings.warn(
+                f"{len(replaced)} of {len(self.installed)} converted layers ({next(iter(replaced))} …) have another "
+                f"processor now ({kinds}): something replaced it, as loading an IP-Adapter does. Convert them again "
+                "with linearize(), or restore() the model.",
+                stacklevel=4,
             )
-        return layout.image_part() if scope == "image" else layout
+
+
+def _by_scope(found: Layouts | Mapping[str, Layouts]) -> Scopes:
+    scopes: Scopes = {}
+    for scope, layouts in (found if isinstance(found, Mapping) else {"joint": found}).items():
+        layouts = (layouts,) if isinstance(layouts, TokenLayout) else tuple(layouts)
+        alike = all(layout == layouts[0] for layout in layouts)
+        scopes[scope] = layouts[:1] if alike else layouts
+    if "joint" in scopes:
+        scopes.setdefault("queries", scopes["joint"])
+        if "image" not in scopes:
+            images = tuple(layout.image_part() for layout in scopes["joint"])
+            scopes["image"] = images[:1] if all(image == images[0] for image in images) else images
+    return scopes
+
+
+def _layout_of_shapes(shapes: list[tuple[str, torch.Tensor]]) -> TokenLayout:
+    sizes = [(kind, tuple(size.shape[1:])) for kind, size in shapes]
+    return TokenLayout.of([(kind, size if len(size) == 3 else size[0]) for kind, size in sizes])
 
 
 class CheckpointWithLayout:
@@ -100,6 +158,22 @@ def _prepare_for_training(model: nn.Module, tracker: LayoutTracker) -> None:
         if getattr(processor, "tracker", None) is tracker:
             trained = [name for name, p in processor.weights_of(module).items() if p.requires_grad]
             processor.keep_original_weights(module, trained)
+
+
+def check_not_parallel(model: nn.Module) -> None:
+    """Raise where diffusers has split a model over devices (`enable_parallelism`, `from_pretrained`)."""
+    config = getattr(model, "_parallel_config", None)
+    if config is None:
+        return
+    if getattr(config, "tensor_parallel_config", None) is not None:
+        raise NotImplementedError(
+            "Tensor parallelism splits the projections over devices, and the weights of converted layers are not "
+            "split with them yet. Load the model without it, or restore(model) the original attention first."
+        )
+    raise NotImplementedError(
+        "Context parallelism splits the sequence, which windows and scans over the token grid cannot see across yet. "
+        "Disable it, or restore(model) the original attention first."
+    )
 
 
 def install_tracker(model: nn.Module, family: Family) -> LayoutTracker:

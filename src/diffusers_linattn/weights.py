@@ -11,27 +11,25 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from diffusers_linattn.checkpoint import (
-    MAX_OVERHEAD,
-    WEIGHTS_NAME,
-    Checkpoint,
-    open_checkpoint,
-    write_checkpoint,
-)
+from diffusers_linattn.checkpoint import MAX_OVERHEAD, WEIGHTS_NAME, Checkpoint, open_checkpoint, write_checkpoint
 from diffusers_linattn.clear_layout import read_clear_layout
-from diffusers_linattn.linearize import Layer, install, layers_of, plan, restore_layer, set_processor, transformers_of
+from diffusers_linattn.linearize import (
+    Layer,
+    fuse_again,
+    install,
+    is_quantized,
+    layers_of,
+    plan,
+    restore_layer,
+    set_processor,
+    transformers_of,
+)
 from diffusers_linattn.lora import LORA_NAME, add_lora, describe_lora, lora_shapes, lora_tensors, lora_to_save
-from diffusers_linattn.offloading import check_offloading, offload_again
+from diffusers_linattn.offloading import check_offloading
 from diffusers_linattn.origin import base_model_of
 from diffusers_linattn.processors import BaseProcessor, ClearProcessor
-from diffusers_linattn.saved_config import (
-    CONFIG_NAME,
-    PROCESSORS,
-    SavedConfig,
-    SavedLayer,
-    check_metrics,
-    kind_of,
-)
+from diffusers_linattn.processors.base import fused_loras
+from diffusers_linattn.saved_config import CONFIG_NAME, PROCESSORS, SavedConfig, SavedLayer, check_metrics, kind_of
 from diffusers_linattn.sources import open_source
 from diffusers_linattn.tracker import remove_tracker
 
@@ -87,6 +85,7 @@ def save_linear_attention(
     layers: dict[str, SavedLayer] = {}
     tensors: dict[str, torch.Tensor] = {}
     for layer, processor in converted:
+        processor.check_fused_loras(layer.attn)
         kind_of(processor)
         changed = _changed_weights(layer, processor)
         layers[layer.name] = SavedLayer(processor, tuple(changed), describe_lora(layer.attn, lora_name))
@@ -187,7 +186,6 @@ def load_linear_attention(
     with _as_before_on_failure(layers, model):
         install([*planned, *dense])
         _copy(planned, checkpoint, originals)
-        offload_again(model)
     return pipe_or_model
 
 
@@ -228,15 +226,16 @@ def _shapes(layer: Layer, processor: BaseProcessor, saved: SavedLayer) -> dict[s
     missing = [name for name in saved.weights if name not in own]
     if missing:
         raise ValueError(f"it has no weight {_list(missing)}: the checkpoint is for another attention class.")
-    if saved.weights and getattr(layer.attn, "fused_projections", False):
+    if saved.weights and fused_loras(layer.attn):
         raise ValueError(
-            "its projections are fused, the loaded ones would not be used: unfuse_qkv_projections() first."
+            "it has a LoRA fused into its weights, which the loaded weights would replace: call unfuse_lora(), load, "
+            "then fuse_lora() again."
         )
     for name in saved.weights:
-        if own[name].dtype not in FLOATS or type(own[name].data) is not torch.Tensor:
+        if is_quantized(own[name]):
             raise ValueError(
-                f"its {name} is quantized or split over devices, and would be replaced: load the weights first, or "
-                "exclude the attention layers from quantization."
+                f"its {name} is quantized or split over devices, and the file has another one in its place: load it "
+                "into the model as it was before, or exclude the attention layers from quantization."
             )
     shapes = {f"processor.{name}": tuple(parameter.shape) for name, parameter in processor.own_parameters().items()}
     shapes |= {name: tuple(own[name].shape) for name in saved.weights} | lora_shapes(layer.attn, saved.lora)
@@ -294,6 +293,8 @@ def _copy(planned: Planned, checkpoint: Checkpoint, originals: Mapping[str, dict
             for key, parameter in _parameters(layer, processor, saved.weights, name).items():
                 if not parameter.is_meta:
                     parameter.copy_(read(key))
+            if saved.weights:
+                fuse_again(layer.attn)
 
 
 @contextmanager

@@ -12,8 +12,8 @@ from diffusers_linattn.ops import reference
 from diffusers_linattn.ops.checks import check_attention_inputs, check_choice
 from diffusers_linattn.ops.features import FeatureMapArgument, full_precision, resolve_feature_map
 from diffusers_linattn.ops.gated_chunked import DIRECTIONS, ORDERS, describe_path, gated_scan, scan_path
-from diffusers_linattn.ops.linear import blend_with_text, take, with_text_queries
-from diffusers_linattn.ops.masks import reduce_to_key_mask
+from diffusers_linattn.ops.linear import blend_with_text, with_text_queries
+from diffusers_linattn.ops.masks import reduce_to_key_mask, take
 
 
 IMPLEMENTATIONS = (None, "chunked", "reference")
@@ -99,9 +99,9 @@ def gated_linear_attention(
     of_query, of_key = (full_precision, full_precision) if feature_map is None else resolve_feature_map(feature_map)
     phi_q, phi_k = of_query(query), of_key(key)
     gate = _check_gate(gate, phi_k, key_heads).to(phi_k.dtype)
-    key_mask = reduce_to_key_mask(mask, query.dtype)
     if not layout.grids:
-        return with_text_queries(None, query, key, value, layout, key_mask, scale)
+        return with_text_queries(None, query, key, value, layout, mask, scale)
+    key_mask = reduce_to_key_mask(mask, layout, query.dtype)
     both = direction == "bidirectional"
     path = scan_path(direction, order) if path is None else path
 
@@ -122,18 +122,20 @@ def gated_linear_attention(
                 mask=None if key_mask is None else key_mask.bias,
                 scale=scale,
             )
-            return with_text_queries(take(output, layout.grids), query, key, value, layout, key_mask, scale)
-        if key_mask is not None:
-            phi_k = phi_k * key_mask.weights()
-        values = full_precision(value)
-        if not normalize:
-            scale = query.shape[-1] ** -0.5 if scale is None else scale
-            grid = scale * _sum_over_grids(phi_q, phi_k, values, gate, layout, both, path)
+            grid = take(output, layout.grids)
         else:
-            values = torch.cat([values, torch.ones_like(values[..., :1])], -1)  # a value of 1 adds up the weights
-            sums = _sum_over_grids(phi_q, phi_k, values, gate, layout, both, path)
-            grid = blend_with_text(query, key, value, layout, sums[..., :-1], sums[..., -1:], key_mask, scale)
-    return with_text_queries(grid, query, key, value, layout, key_mask, scale)
+            if key_mask is not None:
+                phi_k = phi_k * key_mask.weights()
+            values = full_precision(value)
+            if not normalize:
+                scale = query.shape[-1] ** -0.5 if scale is None else scale
+                grid = scale * _sum_over_grids(phi_q, phi_k, values, gate, layout, both, path)
+            else:
+                values = torch.cat([values, torch.ones_like(values[..., :1])], -1)  # a value of 1 adds up the weights
+                sums = _sum_over_grids(phi_q, phi_k, values, gate, layout, both, path)
+                grid = blend_with_text(query, key, value, layout, sums[..., :-1], sums[..., -1:], key_mask, scale)
+        grid = grid if key_mask is None else key_mask.zero_hidden(grid)
+    return with_text_queries(grid, query, key, value, layout, mask, scale)
 
 
 def _sum_over_grids(

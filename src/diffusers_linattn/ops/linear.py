@@ -5,16 +5,15 @@ Letters: B batch, H heads, N tokens, D head_dim, K features per head; G tokens i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 
-from diffusers_linattn.layout import Segment, TokenLayout
+from diffusers_linattn.layout import TokenLayout
 from diffusers_linattn.ops import reference
 from diffusers_linattn.ops.checks import check_attention_inputs, check_choice, check_positive_int
 from diffusers_linattn.ops.features import FeatureMapArgument, full_precision, resolve_feature_map
-from diffusers_linattn.ops.masks import KeyMask, reduce_to_key_mask
+from diffusers_linattn.ops.local_tiled import masked_sdpa
+from diffusers_linattn.ops.masks import KeyMask, reduce_to_key_mask, take
 
 
 IMPLEMENTATIONS = (None, "torch", "reference")
@@ -77,9 +76,9 @@ def linear_attention(
     if heads is not None and heads != query.shape[1]:
         _check_heads(heads, query, value, mask)
         grid_query, grid_key, grid_value = (regroup_heads(x, heads) for x in (query, key, value))
-    key_mask = reduce_to_key_mask(mask, query.dtype)
     if not layout.grids:
-        return with_text_queries(None, query, key, value, layout, key_mask, scale)
+        return with_text_queries(None, query, key, value, layout, mask, scale)
+    key_mask = reduce_to_key_mask(mask, layout, query.dtype)
 
     phi_q, phi_k = of_query(grid_query), of_key(grid_key)
     with torch.autocast(query.device.type, enabled=False):
@@ -97,7 +96,8 @@ def linear_attention(
             grid = take(output, layout.grids)
         else:
             grid = _grid_queries(grid_query, grid_key, grid_value, layout, phi_q, phi_k, key_mask, scale)
-    return with_text_queries(regroup_heads(grid, query.shape[1]), query, key, value, layout, key_mask, scale)
+        grid = grid if key_mask is None else key_mask.zero_hidden(grid)
+    return with_text_queries(regroup_heads(grid, query.shape[1]), query, key, value, layout, mask, scale)
 
 
 def _grid_queries(
@@ -162,18 +162,24 @@ def with_text_queries(
     key: torch.Tensor,
     value: torch.Tensor,
     layout: TokenLayout,
-    key_mask: KeyMask | None,
+    mask: torch.Tensor | None,
     scale: float | None,
 ) -> torch.Tensor:
     """The whole output: that of the grid queries, (B, H, G, D), and softmax over all tokens for the text queries.
 
-    Queries that the mask shows nothing give 0. The result has the value's dtype.
+    Text queries that the mask shows nothing give 0. The result has the value's dtype.
     """
     text = None
     if layout.num_text or grid is None:
-        bias = None if key_mask is None else key_mask.bias
+        while mask is not None and mask.ndim < 4:
+            mask = mask[None]
+        if mask is not None and mask.shape[-2] != 1:
+            mask = take(mask, layout.text, -2)
+        if mask is not None and mask.dtype != torch.bool:  # often the lowest finite number stands for -inf
+            mask = mask.masked_fill(mask <= torch.finfo(mask.dtype).min, float("-inf"))
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
         with torch.autocast(query.device.type, enabled=False):
-            text = F.scaled_dot_product_attention(take(query, layout.text), key, value, bias, scale=scale)
+            text = masked_sdpa(take(query, layout.text), key, value, mask, scale)
     parts, starts = [], {True: 0, False: 0}
     for segment in layout.segments:
         is_text = segment.grid is None
@@ -182,14 +188,7 @@ def with_text_queries(
             start = starts[is_text]
             parts.append(source[:, :, start : start + segment.length].to(value.dtype))
             starts[is_text] = start + segment.length
-    output = parts[0] if len(parts) == 1 else torch.cat(parts, 2)
-    return output if key_mask is None else key_mask.zero_hidden(output)
-
-
-def take(x: torch.Tensor, segments: Sequence[Segment], dim: int = 2) -> torch.Tensor:
-    """The tokens of some segments, one after the other; a view where there is one segment."""
-    parts = [x.narrow(dim, segment.start, segment.length) for segment in segments]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
 def regroup_heads(x: torch.Tensor, heads: int) -> torch.Tensor:

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from diffusers_linattn.layout import Segment, TokenLayout
 from diffusers_linattn.ops.features import full_precision
 from diffusers_linattn.ops.reference import mask_bias
 
 
+def take(x: torch.Tensor, segments: Sequence[Segment], dim: int = 2) -> torch.Tensor:
+    """The tokens of some segments, one after the other; a view where there is one segment."""
+    parts = [x.narrow(dim, segment.start, segment.length) for segment in segments]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
 @dataclass(frozen=True)
 class KeyMask:
-    """A mask that is the same for every query that sees anything at all.
+    """A mask that is the same for every grid query that sees anything at all.
 
     Args:
         bias: What is added to the scores of each key, (batch | 1, heads | 1, 1, tokens); never -inf for all keys.
-        visible: Whether a query sees anything, bool (batch | 1, heads | 1, tokens | 1, 1). The others give 0.
+        visible: Whether a grid query sees anything, bool (batch | 1, heads | 1, grid tokens | 1, 1). The others give
+            0.
     """
 
     bias: torch.Tensor
@@ -27,19 +36,21 @@ class KeyMask:
         return full_precision(self.bias).exp().transpose(-1, -2)
 
     def zero_hidden(self, output: torch.Tensor) -> torch.Tensor:
-        """`output`, (batch, heads, tokens, head_dim), with 0 for the queries that see nothing."""
+        """`output`, (batch, heads, grid tokens, head_dim), with 0 for the queries that see nothing."""
         return torch.where(self.visible, output, 0)
 
 
-def reduce_to_key_mask(mask: torch.Tensor | None, dtype: torch.dtype) -> KeyMask | None:
-    """Turn a boolean (True = visible) or additive attention mask into a [`KeyMask`].
+def reduce_to_key_mask(mask: torch.Tensor | None, layout: TokenLayout, dtype: torch.dtype) -> KeyMask | None:
+    """Turn a boolean (True = visible) or additive attention mask into a [`KeyMask`] for the grid queries of a layout.
 
-    A mask with a query dimension, as padded batches often have, is accepted when all its rows are equal except those
-    of queries that see nothing. Checking that reads the mask's values: a synchronisation on a GPU, and under
-    `torch.compile` an assertion at run time. Masks of shape (batch | 1, heads | 1, 1, tokens) need no check.
+    A mask with a query dimension, as padded batches often have, is accepted when all its rows for grid queries are
+    equal except those of queries that see nothing; what text queries see is not looked at. Checking that reads the
+    mask's values: a synchronisation on a GPU, and under `torch.compile` an assertion at run time. Masks of shape
+    (batch | 1, heads | 1, 1, tokens) need no check.
 
     Args:
         mask: (batch | 1, heads | 1, tokens | 1, tokens), leading dimensions may be missing; or `None`.
+        layout: What the tokens are.
         dtype: The dtype of the result, that of the query.
 
     Raises:
@@ -48,17 +59,17 @@ def reduce_to_key_mask(mask: torch.Tensor | None, dtype: torch.dtype) -> KeyMask
     Example:
         >>> import torch
         >>> seen = torch.tensor([True, True, False])
-        >>> key_mask = reduce_to_key_mask(seen[:, None] & seen, torch.float32)
+        >>> key_mask = reduce_to_key_mask(seen[:, None] & seen, TokenLayout.image((1, 1, 3)), torch.float32)
         >>> key_mask.bias.tolist(), key_mask.visible.flatten().tolist()
         ([[[[0.0, 0.0, -inf]]]], [True, True, False])
     """
-    if mask is None:
+    if mask is None or not layout.grids:
         return None
     while mask.ndim < 4:
         mask = mask[None]
     visible = None
     if mask.shape[-2] != 1:
-        mask, visible = _common_row(mask)
+        mask, visible = _common_row(take(mask, layout.grids, -2))
     bias = mask_bias(mask, dtype)
     sees_any = ~bias.isneginf().all(-1, keepdim=True)
     # A softmax over nothing but -inf is NaN, also in gradients that are multiplied by 0 later.
@@ -75,8 +86,9 @@ def _common_row(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     row = mask.take_along_dim(first, -2)
     uniform = ((mask == row) | ~visible).all()
     message = (
-        "Linear attention cannot honour a pairwise mask, only one that hides the same keys from every query: pass a "
-        f"mask of shape (batch, heads or 1, 1, tokens) instead of {tuple(mask.shape)}, or use local_attention."
+        "Linear attention cannot honour a pairwise mask between image tokens, only one that hides the same keys "
+        "from every image query: pass a "
+        "mask of shape (batch, heads or 1, 1, tokens), or use local_attention."
     )
     if torch.compiler.is_compiling():
         torch._assert_async(uniform, "Linear attention cannot honour a pairwise mask, only a mask of keys.")

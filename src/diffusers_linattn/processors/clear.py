@@ -9,7 +9,8 @@ from diffusers_linattn.layout import Segment, TokenLayout
 from diffusers_linattn.ops.checks import check_positive_int
 from diffusers_linattn.ops.local import local_attention, window_covers
 from diffusers_linattn.ops.masks import key_visibility
-from diffusers_linattn.processors.base import AttentionCall, BaseProcessor
+from diffusers_linattn.processors.attention_call import AttentionCall
+from diffusers_linattn.processors.base import BaseProcessor
 
 
 class ClearProcessor(BaseProcessor):

@@ -6,11 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from diffusers_linattn.layout import TokenLayout
+from diffusers_linattn.layout import Segment, TokenLayout
 from diffusers_linattn.ops.checks import check_choice, check_positive_int
 from diffusers_linattn.ops.gated import gated_linear_attention
 from diffusers_linattn.ops.gated_chunked import scan_path
-from diffusers_linattn.processors.base import AttentionCall, BaseProcessor
+from diffusers_linattn.processors.attention_call import AttentionCall
+from diffusers_linattn.processors.base import BaseProcessor
 
 
 DIRECTIONS = ("bidirectional", "alternate")
@@ -85,8 +86,12 @@ class GLAProcessor(BaseProcessor):
         # As a shape it is symbolic in a compiled block, so that all layers share one; as a number it would be a guard.
         self._path = torch.empty(0, path)
 
+    @property
+    def changes_input(self) -> bool:
+        return self.input_conv
+
     def prepare(self, hidden_states: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
-        return self.conv(hidden_states, layout) if self.input_conv else hidden_states
+        return self.conv(hidden_states, layout)
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
         # Without a denominator there is none to share with the text, so that joint models always have one.
@@ -170,9 +175,8 @@ class GridConvolution(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
         """`(batch, tokens, channels)` to the same; text tokens pass unchanged."""
-        has_text = hidden_states.shape[1] == layout.length
         parts, start = [], 0
-        for segment in layout.segments if has_text else layout.grids:
+        for segment in input_segments(hidden_states, layout):
             part = hidden_states[:, start : start + segment.length]
             start += segment.length
             if segment.grid is not None:
@@ -184,23 +188,31 @@ class GridConvolution(nn.Module):
 
 
 def spread_over(values: torch.Tensor, layout: TokenLayout, fill: float) -> torch.Tensor:
-    """Per-token values of the grid tokens, or of all tokens, over the whole layout with `fill` at text tokens.
-
-    Joint layers get either the image tokens alone (double-stream blocks) or the whole sequence (single-stream ones).
-    """
+    """Per-token values of the layer's input over the whole layout, with `fill` at tokens without a grid."""
+    input_segments(values, layout)  # checks the length
     has_text = values.shape[1] == layout.length
-    expected = layout.length if has_text else sum(segment.length for segment in layout.grids)
-    if values.shape[1] != expected:
-        raise ValueError(
-            f"The layer's input has {values.shape[1]} tokens, the layout ({layout}) {layout.length}, of which "
-            f"{expected} are on a grid."
-        )
     parts, start = [], 0
     for segment in layout.segments:
         if segment.grid is None:
             parts.append(values.new_full((values.shape[0], segment.length, values.shape[2]), fill))
-            start += segment.length if has_text else 0
         else:
             parts.append(values[:, start : start + segment.length])
-            start += segment.length
+        start += 0 if segment.kind == "text" and not has_text else segment.length
     return torch.cat(parts, 1)
+
+
+def input_segments(values: torch.Tensor, layout: TokenLayout) -> tuple[Segment, ...]:
+    """The segments that the input of a layer holds, (batch, tokens, channels).
+
+    Joint layers get either the whole sequence (single-stream blocks) or all but the text (double-stream ones).
+    """
+    if values.shape[1] == layout.length:
+        return layout.segments
+    given = tuple(segment for segment in layout.segments if segment.kind != "text")
+    expected = sum(segment.length for segment in given)
+    if values.shape[1] != expected:
+        raise ValueError(
+            f"The layer's input has {values.shape[1]} tokens, the layout ({layout}) {layout.length}, of which "
+            f"{expected} are not text."
+        )
+    return given

@@ -9,7 +9,8 @@ from diffusers_linattn.layout import TokenLayout
 from diffusers_linattn.ops.checks import check_choice, check_positive_int
 from diffusers_linattn.ops.linear import linear_attention
 from diffusers_linattn.ops.masks import key_visibility
-from diffusers_linattn.processors.base import AttentionCall, BaseProcessor
+from diffusers_linattn.processors.attention_call import AttentionCall
+from diffusers_linattn.processors.base import BaseProcessor
 
 
 FEATURE_MAP_NAMES = ("relu", "elu", "softmax", "hedgehog")
