@@ -244,7 +244,7 @@ def test_hostile_files_are_refused_at_once(name: str, folder: Path) -> None:
     with pytest.raises(ValueError, match=message):
         raise error
     assert len(str(error)) < 2_000
-    assert seconds < 1
+    assert seconds < 5  # it takes a twentieth of one; reading all of it would take minutes
     assert waited < 10  # on a busy machine
     assert not status(model).converted
     tracemalloc.start()

@@ -111,3 +111,38 @@ def test_glm_image_remembers_the_grids_of_the_references_in_its_cache() -> None:
     caches.clear()
     write(8, 12)
     assert read() == "memory 1x4x6 + text 7 + image 1x6x10"
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [
+        ("FluxTransformer2DModel", "img_ids"),
+        ("QwenImageTransformer2DModel", "img_shapes"),
+        ("Lumina2Transformer2DModel", "encoder_attention_mask"),
+    ],
+)
+def test_a_forgotten_argument_is_named(name: str, argument: str) -> None:
+    model, inputs = converted(name)
+    without = {key: value for key, value in inputs.items() if key != argument}
+    with pytest.raises(ValueError, match=f"called without {argument}, which its token grid is read from"):
+        model(**without)
+    if isinstance(inputs[argument], torch.Tensor):
+        with pytest.raises(ValueError, match=f"called without {argument}"):
+            model(**without, **{argument: None})
+
+
+@torch.no_grad()
+def test_a_layer_that_gets_fewer_samples_than_the_model_does_not_take_the_layouts_of_others() -> None:
+    """As caches do that skip the unconditional half of a batch."""
+    model, inputs = converted("Lumina2Transformer2DModel")
+    attn = layers_of(model)[-1].attn
+    calls: list[dict[str, Any]] = []
+    handle = attn.register_forward_pre_hook(lambda _, args, kwargs: calls.append(kwargs), with_kwargs=True)
+    model(**inputs)
+    handle.remove()
+    half = {
+        name: value[1:] if isinstance(value, torch.Tensor) and len(value) == 2 else value
+        for name, value in calls[0].items()
+    }
+    with pytest.raises(ValueError, match="do not match the layout"):
+        attn(**half)

@@ -17,9 +17,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from diffusers_linattn.files import write_atomically, write_json
-from diffusers_linattn.linearize import PROJECTIONS, Layer, layers_of, original_attention, transformers_of
+from diffusers_linattn.linearize import PROJECTIONS, Layer, layers_of, original_attention
 from diffusers_linattn.lora import lora_to_save
-from diffusers_linattn.samples import Batch, Samples
+from diffusers_linattn.samples import Batch, Samples, single_transformer_of
 from diffusers_linattn.weights import save_linear_attention
 
 
@@ -87,11 +87,12 @@ def distill(
         The loss curves: `{"transfer": [...], "end_to_end": [...]}`, one row of named numbers per step.
 
     Raises:
-        ValueError: No converted layer, fused projections, samples of another model, a checkpoint of other settings.
+        ValueError: Several transformers, no converted layer, fused projections, samples of another model, a checkpoint
+            of other settings.
     """
     samples = samples if isinstance(samples, Samples) else Samples(samples)
     output_dir = Path(output_dir)
-    (model,) = transformers_of(pipe)
+    model = single_transformer_of(pipe)
     layers = [layer for layer in layers_of(model) if layer.processor is not None]
     _check(layers, samples, model)
     weights = loss_weights or LossWeights()

@@ -23,7 +23,7 @@ class Segment:
         start: Position of the first token in the sequence.
         length: Number of tokens.
         grid: `(frames, height, width)` in tokens, raster order, for `"image"`, `"reference"` and `"memory"`; `None`
-            for a reference whose grid is unknown, which is then treated as text.
+            for text, padding, and a reference or memory whose grid is unknown, which is then treated as text.
     """
 
     kind: str
@@ -137,12 +137,13 @@ class TokenLayout:
 
     @property
     def grids(self) -> tuple[Segment, ...]:
-        """Segments with a grid: the image and its references."""
+        """Segments with a grid: the image, its references, and memory."""
         return tuple(segment for segment in self.segments if segment.grid is not None)
 
     @property
     def text(self) -> tuple[Segment, ...]:
-        """Segments without a grid, seen by every query: text, attended padding, references of unknown grid."""
+        """Segments without a grid, seen by every query: text, attended padding, references of unknown grid, memory
+        of unknown grid."""
         return tuple(segment for segment in self.segments if segment.grid is None)
 
     @property

@@ -37,7 +37,7 @@ class Layer:
     Args:
         name: Its module name in the transformer, such as `"transformer_blocks.0.attn"`.
         attn: The attention module.
-        scope: `"joint"` or `"image"`: which part of the layout it attends over.
+        scope: Under which name the layouts of its tokens are found: `"joint"`, `"image"` or another of the family's.
         index: Its place among the layers of its transformer that can be converted.
         model: The transformer.
         family: What is known of that transformer.
@@ -75,7 +75,7 @@ def transformers_of(pipe_or_model: Any) -> list[nn.Module]:
     if not isinstance(components, Mapping):
         raise ValueError(f"Expected a diffusers pipeline or a transformer, got {type(pipe_or_model).__name__}.")
     modules = [getattr(part, "_orig_mod", part) for part in components.values() if isinstance(part, nn.Module)]
-    models = [module for module in modules if find_family(module) is not None]
+    models = [module for module in dict.fromkeys(modules) if find_family(module) is not None]
     if not models:
         held = ", ".join(type(module).__name__ for module in modules) or "no module"
         found = f"{type(pipe_or_model).__name__} (which holds {held})"
@@ -364,7 +364,7 @@ def _select(names: list[str], layers: Layers) -> set[int]:
         return selected
     selected = set()
     for item in layers if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers]:
-        if isinstance(item, int):
+        if isinstance(item, int) and not isinstance(item, bool):
             if not -len(names) <= item < len(names):
                 raise ValueError(f"Layer index {item} is out of range: there are {len(names)} attention layers.")
             selected.add(item % len(names))
@@ -373,7 +373,7 @@ def _select(names: list[str], layers: Layers) -> set[int]:
     return selected
 
 
-def _match(names: list[str], pattern: str) -> list[int]:
+def _match(names: list[str], pattern: Any) -> list[int]:
     if not isinstance(pattern, str):
         raise ValueError(f"Expected a layer-name pattern such as 'transformer_blocks.*', got {pattern!r}.")
     matched = [i for i, name in enumerate(names) if fnmatchcase(name, pattern)]

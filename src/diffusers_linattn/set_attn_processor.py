@@ -41,9 +41,9 @@ def install_set_attn_processor() -> None:
 
 
 def _set_on_pipeline(self: Any, processor: Any) -> None:
-    """Set the attention processor of a pipeline's transformer; see [`linearize`] for the processors of this library.
+    """Set the attention processor of a pipeline's transformers; see [`linearize`] for the processors of this library.
 
-    Any other processor goes to the model's own `set_attn_processor`.
+    Any other processor goes to the `set_attn_processor` of each transformer, or of the U-Net.
     """
     if _holds_ours(processor):
         models: list[Any] = list(transformers_of(self))
@@ -52,10 +52,11 @@ def _set_on_pipeline(self: Any, processor: Any) -> None:
         else:
             linearize(self, processor)
         return
-    model = getattr(self, "transformer", None) or getattr(self, "unet", None)
-    if model is None:
+    held = [getattr(self, name, None) for name in ("transformer", "transformer_2", "unet")]
+    if not any(held):
         raise ValueError(f"{type(self).__name__} has neither a transformer nor a unet to set a processor on.")
-    model.set_attn_processor(processor)
+    for model in dict.fromkeys(model for model in held if model is not None):
+        model.set_attn_processor(processor)
 
 
 def _set_on_model(model: Any, processor: Any, stock: Any) -> None:

@@ -17,6 +17,11 @@ from diffusers_linattn.models.family import Memo
 
 Scopes = dict[str, tuple[TokenLayout, ...]]
 
+CONTEXT_PARALLELISM = (
+    "Context parallelism splits the sequence, which windows and scans over the token grid cannot see across yet. "
+    "Disable it, or restore(model) the original attention first."
+)
+
 
 class LayoutTracker:
     """A forward pre-hook that works out the token layouts of each call of one transformer.
@@ -170,10 +175,7 @@ def check_not_parallel(model: nn.Module) -> None:
             "Tensor parallelism splits the projections over devices, and the weights of converted layers are not "
             "split with them yet. Load the model without it, or restore(model) the original attention first."
         )
-    raise NotImplementedError(
-        "Context parallelism splits the sequence, which windows and scans over the token grid cannot see across yet. "
-        "Disable it, or restore(model) the original attention first."
-    )
+    raise NotImplementedError(CONTEXT_PARALLELISM)
 
 
 def install_tracker(model: nn.Module, family: Family) -> LayoutTracker:

@@ -27,12 +27,22 @@ class ForwardArguments(dict[str, Any]):
         super().__init__(arguments)
         self._memo: Memo = {} if memo is None else memo
 
+    def __missing__(self, name: str) -> Any:
+        raise ValueError(
+            f"The transformer was called without {name}, which its token grid is read from: pass it as the pipeline "
+            "does."
+        )
+
     def read_once(self, name: str, read: Callable[[torch.Tensor], Any]) -> Any:
         """`read(self[name])`, kept for as long as the model is called with this very tensor, unchanged.
 
-        Reading the values of a tensor waits for the device; pipelines pass the same object at every step.
+        Reading the values of a tensor waits for the device; pipelines pass the same object at every step. What is
+        written through `.data` or memory shared with NumPy does not count as a change. `read` is one function for each
+        name, and its result may depend on nothing but the tensor.
         """
         tensor = self[name]
+        if tensor is None:
+            self.__missing__(name)
         if tensor.is_inference():  # these do not count their changes
             return read(tensor)
         version = tensor._version

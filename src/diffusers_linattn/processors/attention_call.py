@@ -98,7 +98,8 @@ class AnswerAttention(TorchFunctionMode):
         length = max(layout.length for layout in layouts) if layouts else -1
         asking = _asking(layouts[0], self.scope) if len(layouts) == 1 else ()
         queries = sum(segment.length for segment in asking) if asking else length
-        if query.shape[2] != queries or key.shape[2] != length or dropout_p or is_causal:
+        of_other_samples = len(layouts) not in (1, len(query))
+        if of_other_samples or query.shape[2] != queries or key.shape[2] != length or dropout_p or is_causal:
             self.passed.append((query.shape[2], key.shape[2]))
             return F.scaled_dot_product_attention(
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa

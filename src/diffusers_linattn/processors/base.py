@@ -19,7 +19,7 @@ from diffusers_linattn.layout import TokenLayout
 from diffusers_linattn.ops.checks import check_choice
 from diffusers_linattn.processors.attention_call import AnswerAttention, AttentionCall, alike
 from diffusers_linattn.processors.stock_call import attention_only, call_stock
-from diffusers_linattn.tracker import LayoutTracker
+from diffusers_linattn.tracker import CONTEXT_PARALLELISM, LayoutTracker
 
 
 # Set by diffusers on every processor (`set_attention_backend`, `enable_parallelism`): they move with the place.
@@ -178,10 +178,7 @@ class BaseProcessor(nn.Module):
                 "pipe.set_attn_processor(processor), which install a copy in each layer."
             )
         if self._parallel_config is not None:
-            raise NotImplementedError(
-                "Context parallelism splits the sequence, which windows and scans over the token grid cannot see "
-                "across yet. Disable it, or restore(model) the original attention first."
-            )
+            raise NotImplementedError(CONTEXT_PARALLELISM)
         layouts = self.tracker.layouts_of(self.scope)
         names = self.argument_names
         arguments = {**dict(zip(names, args, strict=False)), **kwargs}
