@@ -6,10 +6,11 @@ import os
 # Before anything imports huggingface_hub: no test reaches the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 
 import pytest
 import torch
+from hub_client import hub, running  # noqa: F401
 
 
 @pytest.fixture(autouse=True)

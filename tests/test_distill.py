@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 
@@ -24,6 +25,7 @@ from diffusers_linattn.linearize import layers_of
 from diffusers_linattn.samples import Samples
 
 import tiny
+from model_cases import CASES
 
 
 PROMPTS = ["a cat", "a dog", "the red cat"]
@@ -116,6 +118,35 @@ def test_bad_sample_requests(pipe: Any, tmp_path: Path, prompts: Any, changes: A
         make_samples(tiny.dit_pipeline(), PROMPTS, tmp_path / "samples", **CALL)
 
 
+def test_samples_of_a_pipeline_whose_first_argument_is_no_prompt(pipe: Any, tmp_path: Path) -> None:
+    kontext = diffusers.FluxKontextPipeline(**pipe.components)
+    arguments = {**CALL["call_arguments"], "max_area": 24 * 32}
+    call = {**CALL, "num_samples": 2, "resolutions": [(24, 32)], "call_arguments": arguments}
+    assert len(make_samples(kontext, PROMPTS, tmp_path, **call)) == 2
+
+
+def test_transformers_that_take_more_than_tensors_are_refused(tmp_path: Path) -> None:
+    """Samples keep tensors alone: the rest would be missing when the student is trained."""
+    transformer: Any = CASES["QwenImageTransformer2DModel"].make()
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    pipe: Any = diffusers.QwenImagePipeline(scheduler, None, None, None, transformer)  # type: ignore[arg-type]
+    mask = torch.ones(2, 7, dtype=torch.long)
+    pipe.encode_prompt = lambda **_: (torch.randn(2, 7, 12), mask)
+    call = {**CALL, "num_samples": 2, "resolutions": [(32, 48)], "call_arguments": {"true_cfg_scale": 1.0}}
+    with pytest.raises(ValueError, match=r"take tensors; QwenImageTransformer2DModel was given img_shapes, a list"):
+        make_samples(pipe, PROMPTS, tmp_path, **call)
+
+
+def test_pipelines_with_several_transformers_are_refused(samples: Samples, tmp_path: Path) -> None:
+    make: Any = CASES["WanTransformer3DModel"].make
+    parts = {"transformer": make(), "transformer_2": make(), "boundary_ratio": 0.9}
+    pipe: Any = diffusers.WanPipeline(None, None, None, diffusers.FlowMatchEulerDiscreteScheduler(), **parts)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="WanPipeline has 2 transformers: distillation covers pipelines with one"):
+        make_samples(pipe, PROMPTS, tmp_path, **CALL)
+    with pytest.raises(ValueError, match="WanPipeline has 2 transformers"):
+        distill(pipe, samples, tmp_path, **QUICK)
+
+
 @pytest.mark.parametrize(
     "template", [ClearProcessor(window=2, down_factor=2), LinearProcessor(feature_map="hedgehog")], ids=repr
 )
@@ -147,6 +178,11 @@ def test_distillation_learns_saves_and_restores(pipe: Any, samples: Samples, tmp
         f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")
     }
     assert changed
+    config = json.loads((tmp_path / "student" / "linear_attention_config.json").read_text())
+    assert config["recipe"]["steps"] == 30
+    assert config["recipe"]["num_samples"] == 10
+    last = [row["prediction"] for row in curves["end_to_end"]]
+    assert config["metrics"]["end_to_end prediction loss"] == pytest.approx(sum(last) / len(last))
     other = load_linear_attention(tiny.flux_pipeline(guidance_embeds=True), tmp_path / "student")
     with torch.no_grad():
         inputs = {**tiny.flux_inputs(), "guidance": torch.ones(2)}

@@ -7,6 +7,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, FluxPipeline
@@ -19,6 +20,7 @@ from diffusers_linattn.processors.base import BaseProcessor
 from diffusers_linattn.tracker import find_tracker
 
 import tiny
+from model_cases import CASES
 
 
 def windows(model: Any) -> list[Any]:
@@ -212,6 +214,7 @@ def test_converting_twice_replaces_and_none_makes_dense() -> None:
         (tiny.flux, {0: ClearProcessor()}, None, "Expected a layer-name pattern"),
         (tiny.flux, ClearProcessor(), 1.5, "Expected a layer-name pattern"),
         (tiny.flux, ClearProcessor(), [1.5], "Expected a layer-name pattern"),
+        (tiny.flux, ClearProcessor(), True, "Expected a layer-name pattern"),
         (tiny.flux, FluxAttnProcessor(), None, "expected a processor such as"),
         (tiny.flux, ClearProcessor, None, "expected a processor such as"),
         (tiny.flux, LinearProcessor(heads=3), None, "does not divide the 32 channels"),
@@ -378,6 +381,43 @@ def test_status_says_what_and_how() -> None:
         model(**tiny.flux_inputs(2, 3))
     assert "dense (the window covers the grid)" in str(status(model))
     assert "3 of 4 attention layers over images are converted" in str(status(model))
+
+
+def test_status_tells_the_transformers_of_a_pipeline_apart() -> None:
+    make = CASES["WanTransformer3DModel"].make
+    pipe = diffusers.WanPipeline(None, None, None, None, transformer=make(), transformer_2=make(), boundary_ratio=0.9)
+    linearize(pipe.transformer_2, ClearProcessor(window=4))
+    rows = str(status(pipe)).splitlines()[2:]
+    assert [row.split("  ")[0] for row in rows[:2]] == [
+        "transformer: blocks.0.attn1 … blocks.1.attn1",
+        "transformer_2: blocks.0.attn1 … blocks.1.attn1",
+    ]
+    assert ["ClearProcessor" in row for row in rows] == [False, True, False, False]
+    assert "transformer" not in str(status(pipe.transformer_2))
+
+
+def test_a_stock_processor_set_on_a_pipeline_restores_all_its_transformers() -> None:
+    from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+
+    make = CASES["WanTransformer3DModel"].make
+    pipe = diffusers.WanPipeline(None, None, None, None, transformer=make(), transformer_2=make(), boundary_ratio=0.9)
+    pipe.set_attn_processor(ClearProcessor(window=4))
+    assert len(status(pipe).converted) == 4
+    pipe.set_attn_processor(WanAttnProcessor())
+    assert not status(pipe).converted
+
+
+def test_a_transformer_in_two_places_of_a_pipeline_counts_once() -> None:
+    model = CASES["WanTransformer3DModel"].make()
+    pipe = diffusers.WanPipeline(None, None, None, None, transformer=model, transformer_2=model, boundary_ratio=0.9)
+    assert len(status(linearize(pipe, ClearProcessor(window=4))).converted) == 2
+
+
+def test_status_groups_layers_that_take_turns_and_differ_in_a_digit() -> None:
+    if not hasattr(diffusers, "LTX2VideoTransformer3DModel"):
+        pytest.skip("this diffusers has no LTX-2")
+    rows = str(status(CASES["LTX2VideoTransformer3DModel"].make())).splitlines()
+    assert sum("audio_attn1" in row for row in rows) == 1
 
 
 def test_gradient_checkpointing_with_two_sizes_in_flight() -> None:

@@ -12,6 +12,7 @@ from diffusers_linattn.layout import TokenLayout
 from diffusers_linattn.ops import reference
 from diffusers_linattn.ops.local import local_attention
 from diffusers_linattn.ops.local_choice import choose_impl, window_covers
+from diffusers_linattn.ops.tiles import plan_tiles
 
 
 HEADS, DIM = 3, 16
@@ -80,12 +81,23 @@ def run(function, tensors, layout, dtype=None, **kwargs):
     return [out.detach()] + [x.grad for x in tensors if x is not None]
 
 
-def check(layout, dtype=torch.float64, batch=1, pooled=0, mask=None, impl="tiled", slack=1, heads=HEADS, **kwargs):
+def check(
+    layout,
+    dtype=torch.float64,
+    batch=1,
+    heads=HEADS,
+    pooled=0,
+    mask=None,
+    impl="tiled",
+    slack=1,
+    tensors=None,
+    **kwargs,
+):
     """The error may be twice that of the reference in the same dtype, both measured against the reference in fp64.
 
     `slack` is how many roundings of the largest number are allowed besides, for results that cancel to nearly nothing.
     """
-    tensors = make_inputs(layout, dtype, batch, heads, pooled=pooled)
+    tensors = tensors or make_inputs(layout, dtype, batch, heads, pooled=pooled)
     if isinstance(mask, str):
         mask = make_mask(mask, layout, batch, dtype, heads)
     actual = run(local_attention, tensors, layout, mask=mask, impl=impl, **kwargs)
@@ -169,6 +181,43 @@ def test_any_number_of_tiles_per_call(count, monkeypatch):
     layout = TokenLayout.joint(text=5, grid=(1, 10, 75))
     monkeypatch.setattr("diffusers_linattn.ops.local_tiled._CPU_NUMBERS", count * HEADS * 600 * 4 * DIM)
     check(layout, window=4, pooled=3)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 7, 12, 100])
+def test_parts_hold_every_query_once(count):
+    layout = TokenLayout.joint(text=6, grid=(1, 45, 61), references=[(2, 23, 31)])
+    ids = torch.arange(layout.length)[None, None, :, None]
+    parts = [part for block in plan_tiles(layout, 4, None) for part in block.split(count)]
+    assert max(part.count for part in parts) <= count
+    found = torch.cat([part.queries.of(ids, part.tiles).flatten() for part in parts])
+    assert found.sort().values.tolist() == list(range(6, layout.length))
+
+
+def test_first_keys_of_a_wide_window_are_all_hidden():
+    """The CPU's kernel works on 512 keys at a time; some queries see none of the first 512."""
+    check(TokenLayout.joint(text=1, grid=(1, 40, 72)), torch.float32, window=32, heads=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [0.05, 20])
+def test_text_that_outweighs_the_window_or_hardly_counts(size, dtype):
+    layout = TokenLayout.joint(text=40, grid=(1, 20, 30))
+    tensors = make_inputs(layout, dtype, pooled=3)
+    tensors[1][:, :, :40] *= size
+    check(layout, dtype, window=5, tensors=tensors)
+
+
+def test_head_dim_with_a_stride():
+    layout = LAYOUTS["odd"]
+    tensors = [x.float().transpose(2, 3).contiguous().transpose(2, 3) for x in make_inputs(layout)[:3]]
+    out = local_attention(*tensors, layout, window=3, impl="tiled")
+    torch.testing.assert_close(out, reference.local_attention(*tensors, layout, window=3))
+
+
+def test_empty_batch():
+    layout = LAYOUTS["odd"]
+    tensors = [x[:0] for x in make_inputs(layout)[:3]]
+    assert local_attention(*tensors, layout, window=3, impl="tiled").shape == tensors[0].shape
 
 
 def test_poisoned_buffers(monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 import runpy
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,7 +31,7 @@ from diffusers_linattn import (
 from diffusers_linattn.linearize import layers_of
 from diffusers_linattn.processors.attention_call import AttentionCall
 
-from model_cases import CASES, Call, Case, Token, change
+from model_cases import CASES, Call, Case, Token, assert_near, change, output_of
 
 
 MECHANISMS = {
@@ -68,9 +69,11 @@ def pairwise_mask(sequence: list[Token], window: int, length: int) -> torch.Tens
 class MaskedAttention(TorchFunctionMode):
     """Gives the attention calls of one layer a mask, besides the one they have."""
 
-    def __init__(self, sequences: list[list[Token]], window: int):
+    def __init__(self, sequences: list[list[Token]], window: int, asking: Sequence[int] | None):
         super().__init__()
         self.sequences, self.window, self.calls = sequences, window, 0
+        on_grids = [i for i, token in enumerate(sequences[0]) if token is not None]
+        self.asking = on_grids if asking is None else asking
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -81,11 +84,11 @@ class MaskedAttention(TorchFunctionMode):
                 sequences = sequences[self.calls : self.calls + 1]
             length = max(map(len, sequences))
             if named["key"].shape[2] == length:
-                assert named["query"].shape[2] in (length, sum(token is not None for token in sequences[0]))
+                assert named["query"].shape[2] in (length, len(self.asking))
                 masks = [pairwise_mask(sequence, self.window, length) for sequence in sequences]
                 mask = torch.stack(masks)[:, None]
                 if named["query"].shape[2] < length:
-                    mask = mask[:, :, [token is not None for token in sequences[0]]]
+                    mask = mask[:, :, self.asking]
                 given = named.get("attn_mask")
                 if given is not None and given.dtype == torch.bool:
                     mask = mask & given
@@ -104,7 +107,8 @@ def run_masked(model: nn.Module, case: Case, call: Call, window: int) -> torch.T
         for pattern, scope in case.layers.items():
             if fnmatchcase(name, pattern) and hasattr(module, "processor"):
                 sequences: Any = call.tokens["joint" if scope == "queries" else scope]
-                mode = MaskedAttention(sequences if isinstance(sequences[0], list) else [sequences], window)
+                sequences = sequences if isinstance(sequences[0], list) else [sequences]
+                mode = MaskedAttention(sequences, window, call.asking)
                 modes.append(mode)
                 handles.append(module.register_forward_pre_hook(lambda *_, mode=mode: mode.__enter__() and None))
                 handles.append(module.register_forward_hook(lambda *_, mode=mode: mode.__exit__(None, None, None)))
@@ -116,17 +120,6 @@ def run_masked(model: nn.Module, case: Case, call: Call, window: int) -> torch.T
     assert modes
     assert all(mode.calls for mode in modes)
     return output
-
-
-def output_of(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-    output = model(**inputs)
-    output = output[0] if isinstance(output, tuple) else output
-    return torch.cat([item.flatten() for item in output]) if isinstance(output, list) else output
-
-
-def assert_near(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 2e-6) -> None:
-    assert actual.isfinite().all()
-    torch.testing.assert_close(actual, expected, atol=tolerance * max(1.0, expected.abs().max().item()), rtol=0)
 
 
 @torch.no_grad()

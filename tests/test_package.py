@@ -28,13 +28,17 @@ SOURCE = ROOT / "src" / "diffusers_linattn"
 LAYERS = [
     {"layout", "version"},
     {"kernels"},
-    {"ops", "models", "files", "evaluate"},
-    {"tracker"},
+    {"ops", "models", "files", "evaluate", "lora", "offloading"},
+    {"safetensors_header"},
+    {"tracker", "sources"},
     {"processors"},
     {"linearize"},
-    {"set_attn_processor", "status", "weights", "samples"},
-    {"distill"},
-    {"__init__"},
+    {"set_attn_processor", "status", "samples", "saved_config", "origin"},
+    {"checkpoint", "clear_layout", "model_card"},
+    {"weights", "summary"},
+    {"distill", "hub"},
+    {"cli"},
+    {"__init__", "__main__"},
 ]
 
 

@@ -15,8 +15,13 @@ from diffusers import (
     FluxTransformer2DModel,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+
+from diffusers_linattn import ClearProcessor, GLAProcessor, LinearProcessor
+from diffusers_linattn.linearize import layers_of
 
 
 WORDS = ["the", "letter", "a", "cat", "dog", "red"]
@@ -125,6 +130,37 @@ def dit_inputs(size: int = 16, batch: int = 2, seed: int = 0) -> dict[str, Any]:
     }
 
 
+def sd3(**changes: Any) -> SD3Transformer2DModel:
+    torch.manual_seed(0)
+    config: dict[str, Any] = {
+        "sample_size": 16,
+        "patch_size": 2,
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_layers": 3,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "caption_projection_dim": 32,
+        "joint_attention_dim": 24,
+        "pooled_projection_dim": 20,
+        "pos_embed_max_size": 24,
+        "dual_attention_layers": (0,),
+        "qk_norm": "rms_norm",
+    }
+    return SD3Transformer2DModel(**{**config, **changes}).eval()
+
+
+def sd3_inputs(height: int = 12, width: int = 20, text: int = 7, batch: int = 2, seed: int = 0) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "hidden_states": torch.randn(batch, 4, height, width, generator=generator),
+        "encoder_hidden_states": torch.randn(batch, text, 24, generator=generator),
+        "pooled_projections": torch.randn(batch, 20, generator=generator),
+        "timestep": torch.tensor([3.0] * batch),
+        "return_dict": False,
+    }
+
+
 def vae(latent_channels: int = 4) -> AutoencoderKL:
     torch.manual_seed(0)
     return AutoencoderKL(
@@ -194,6 +230,57 @@ def pixart_pipeline() -> PixArtSigmaPipeline:
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def sd3_pipeline(cls: Any = StableDiffusion3Pipeline, **components: Any) -> Any:
+    """Without text encoders: calls take the embeddings of `SD3_CALL`."""
+    encoders = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
+    pipe = cls(
+        transformer=sd3(),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae(4),
+        **dict.fromkeys(encoders),
+        **components,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+SD3_CALL: dict[str, Any] = {
+    "prompt_embeds": torch.randn(1, 7, 24, generator=torch.Generator().manual_seed(1)),
+    "negative_prompt_embeds": torch.randn(1, 7, 24, generator=torch.Generator().manual_seed(2)),
+    "pooled_prompt_embeds": torch.randn(1, 20, generator=torch.Generator().manual_seed(3)),
+    "negative_pooled_prompt_embeds": torch.randn(1, 20, generator=torch.Generator().manual_seed(4)),
+    "height": 24,
+    "width": 40,
+    "num_inference_steps": 2,
+}
+
+
+def generate(pipe: Any, **call: Any) -> torch.Tensor:
+    """The latents that a pipeline makes from one seed."""
+    torch.manual_seed(0)  # some pipelines encode pictures without the generator
+    images = pipe(**call, output_type="latent", generator=torch.Generator().manual_seed(0)).images
+    return torch.as_tensor(images)
+
+
+def train(model: Any) -> Any:
+    """Random weights in the processors of a converted model or pipeline, as if they had been trained."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for layer in layers_of(model):
+            if layer.processor is not None:
+                for parameter in layer.processor.own_parameters().values():
+                    parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    return model
+
+
+# Processors with weights of every kind: bare ones in leaf modules, convolutions, linear layers.
+TRAINABLE = {
+    "clear": ClearProcessor(window=2, down_factor=2),
+    "linear": LinearProcessor(feature_map="hedgehog"),
+    "gla": GLAProcessor(),
+}
 
 
 def dit_pipeline() -> DiTPipeline:

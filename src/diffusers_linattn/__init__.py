@@ -1,6 +1,7 @@
 """Linear-cost attention for the diffusion transformers of diffusers: swap, distil, share."""
 
 from diffusers_linattn.distill import distill
+from diffusers_linattn.hub import find_linear_attention, push_linear_attention
 from diffusers_linattn.layout import TokenLayout
 from diffusers_linattn.linearize import linearize, original_attention, restore
 from diffusers_linattn.models import supported_models
@@ -20,6 +21,7 @@ __all__ = [
     "TokenLayout",
     "__version__",
     "distill",
+    "find_linear_attention",
     "gated_linear_attention",
     "linear_attention",
     "linearize",
@@ -27,6 +29,7 @@ __all__ = [
     "local_attention",
     "make_samples",
     "original_attention",
+    "push_linear_attention",
     "restore",
     "save_linear_attention",
     "status",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -15,8 +17,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from diffusers_linattn.files import write_atomically, write_json
-from diffusers_linattn.linearize import PROJECTIONS, Layer, layers_of, original_attention, transformers_of
-from diffusers_linattn.samples import Batch, Samples
+from diffusers_linattn.linearize import PROJECTIONS, Layer, layers_of, original_attention
+from diffusers_linattn.lora import lora_to_save
+from diffusers_linattn.samples import Batch, Samples, single_transformer_of
 from diffusers_linattn.weights import save_linear_attention
 
 
@@ -84,11 +87,12 @@ def distill(
         The loss curves: `{"transfer": [...], "end_to_end": [...]}`, one row of named numbers per step.
 
     Raises:
-        ValueError: No converted layer, fused projections, samples of another model, a checkpoint of other settings.
+        ValueError: Several transformers, no converted layer, fused projections, samples of another model, a checkpoint
+            of other settings.
     """
     samples = samples if isinstance(samples, Samples) else Samples(samples)
     output_dir = Path(output_dir)
-    (model,) = transformers_of(pipe)
+    model = single_transformer_of(pipe)
     layers = [layer for layer in layers_of(model) if layer.processor is not None]
     _check(layers, samples, model)
     weights = loss_weights or LossWeights()
@@ -107,8 +111,10 @@ def distill(
         run = _Run(model, layers, parameters, samples, settings, output_dir, checkpoint_every)
         run.stage("transfer", transfer_steps, transfer_learning_rate, lambda batch: _transfer(run, batch))
         run.stage("end_to_end", steps, learning_rate, lambda batch: _end_to_end(run, batch, weights))
-    save_linear_attention(pipe, output_dir)
     write_json(output_dir / LOG_NAME, {"settings": settings, "curves": run.curves})
+    recipe = {"function": "diffusers_linattn.distill", "num_samples": len(samples), **settings}
+    del recipe["layers"]  # which the configuration describes
+    save_linear_attention(pipe, output_dir, recipe=recipe, metrics=_last_losses(run.curves))
     (output_dir / CHECKPOINT_NAME).unlink(missing_ok=True)
     return run.curves
 
@@ -318,12 +324,23 @@ def _check(layers: Sequence[Layer], samples: Samples, model: Any) -> None:
             f"{samples.directory} holds samples of a {samples.manifest['transformer']}, the pipeline has a "
             f"{type(model).__name__}."
         )
+    lora_to_save(model, [layer.attn for layer in layers])  # whether the result can be saved
     for layer in layers:
         if getattr(layer.attn, "fused_projections", False):
             raise ValueError(
                 f"{layer.name} has fused projections, which would leave the trained to_q, to_k and to_v unused: call "
                 "unfuse_qkv_projections() first."
             )
+
+
+def _last_losses(curves: dict[str, list[dict[str, float]]], steps: int = 100) -> dict[str, float]:
+    """The losses by name, averaged over the last steps of each stage; those of single layers are left out."""
+    means: dict[str, float] = {}
+    for stage, names in (("transfer", ["loss"]), ("end_to_end", ["loss", "diffusion", "prediction", "attention"])):
+        for name in names if curves[stage] else []:
+            label = stage if name == "loss" else f"{stage} {name}"
+            means[f"{label} loss"] = fmean(row[name] for row in curves[stage][-steps:])
+    return {label: mean for label, mean in means.items() if math.isfinite(mean)}
 
 
 def _tensors(output: Any) -> list[torch.Tensor]:

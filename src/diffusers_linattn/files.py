@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,15 +32,58 @@ def write_json(path: Path, content: Any) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, max_bytes: int | None = None) -> Any:
     """Read JSON.
 
+    Args:
+        path: The file.
+        max_bytes: Refuse a larger file, unread.
+
     Raises:
-        ValueError: The file is missing or no JSON.
+        ValueError: The file is missing, too large, or not JSON as [`parse_json`] takes it.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        size = path.stat().st_size
+        if max_bytes is not None and size > max_bytes:
+            raise ValueError(f"{path} has {size} bytes; at most {max_bytes} are read.")
+        if not path.is_file():  # a pipe would be waited for
+            raise ValueError(f"{path} is not a regular file.")
+        return parse_json(path.read_bytes(), str(path))
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist.") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}.") from error
+
+
+def parse_json(text: bytes | str, where: str) -> Any:
+    """Parse strict JSON: names once per object, finite numbers.
+
+    Args:
+        text: The JSON, UTF-8 if bytes.
+        where: What it is, for errors.
+
+    Raises:
+        ValueError: Anything else.
+
+    Example:
+        >>> parse_json('{"window": 8, "window": 16}', "config.json")
+        Traceback (most recent call last):
+        ValueError: config.json is not valid JSON: the name 'window' stands twice in one object.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        content = dict(pairs)
+        if len(content) != len(pairs):
+            (twice, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+            raise ValueError(f"the name {twice[:100]!r} stands twice in one object")
+        return content
+
+    def finite(number: str) -> float:
+        value = float(number)
+        if not math.isfinite(value):
+            raise ValueError(f"{number[:100]} is not a finite number")
+        return value
+
+    try:
+        decoded = text if isinstance(text, str) else text.decode("utf-8")
+        return json.loads(decoded, object_pairs_hook=once, parse_float=finite, parse_constant=finite)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is not valid JSON: {error}.") from error

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 
-KINDS = ("text", "image", "reference", "padding")
+KINDS = ("text", "image", "reference", "padding", "memory")
 _FIELDS = 5  # integers per segment in `TokenLayout.encode`: kind, length, frames, height, width
 
 
@@ -17,12 +17,13 @@ class Segment:
     """A run of consecutive tokens of one kind.
 
     Args:
-        kind: `"text"`, `"image"`, `"reference"` (another picture the model looks at) or `"padding"` (tokens that the
-            model attends to although they carry nothing; they are treated as text).
+        kind: `"text"`, `"image"`, `"reference"` (another picture the model looks at), `"padding"` (tokens that the
+            model attends to although they carry nothing; they are treated as text) or `"memory"` (a reference before
+            the image that is looked at but asks nothing, as in a cache of its keys and values).
         start: Position of the first token in the sequence.
         length: Number of tokens.
-        grid: `(frames, height, width)` in tokens, raster order, for `"image"` and `"reference"`; `None` for a
-            reference whose grid is unknown, which is then treated as text.
+        grid: `(frames, height, width)` in tokens, raster order, for `"image"`, `"reference"` and `"memory"`; `None`
+            for text, padding, and a reference or memory whose grid is unknown, which is then treated as text.
     """
 
     kind: str
@@ -136,12 +137,13 @@ class TokenLayout:
 
     @property
     def grids(self) -> tuple[Segment, ...]:
-        """Segments with a grid: the image and its references."""
+        """Segments with a grid: the image, its references, and memory."""
         return tuple(segment for segment in self.segments if segment.grid is not None)
 
     @property
     def text(self) -> tuple[Segment, ...]:
-        """Segments without a grid, seen by every query: text, attended padding, references of unknown grid."""
+        """Segments without a grid, seen by every query: text, attended padding, references of unknown grid, memory
+        of unknown grid."""
         return tuple(segment for segment in self.segments if segment.grid is None)
 
     @property

@@ -11,9 +11,11 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from diffusers_linattn.lora import lora_switched_off, remove_lora
 from diffusers_linattn.models import Family, find_family, unsupported_message
-from diffusers_linattn.processors.base import HOST_ATTRIBUTES, BaseProcessor
-from diffusers_linattn.tracker import find_tracker, install_tracker, remove_tracker
+from diffusers_linattn.offloading import check_offloading, offload_again
+from diffusers_linattn.processors.base import HOST_ATTRIBUTES, BaseProcessor, RandomInit
+from diffusers_linattn.tracker import check_not_parallel, find_tracker, install_tracker, remove_tracker
 
 
 PipelineOrModel = TypeVar("PipelineOrModel")
@@ -35,7 +37,7 @@ class Layer:
     Args:
         name: Its module name in the transformer, such as `"transformer_blocks.0.attn"`.
         attn: The attention module.
-        scope: `"joint"` or `"image"`: which part of the layout it attends over.
+        scope: Under which name the layouts of its tokens are found: `"joint"`, `"image"` or another of the family's.
         index: Its place among the layers of its transformer that can be converted.
         model: The transformer.
         family: What is known of that transformer.
@@ -73,14 +75,12 @@ def transformers_of(pipe_or_model: Any) -> list[nn.Module]:
     if not isinstance(components, Mapping):
         raise ValueError(f"Expected a diffusers pipeline or a transformer, got {type(pipe_or_model).__name__}.")
     modules = [getattr(part, "_orig_mod", part) for part in components.values() if isinstance(part, nn.Module)]
-    models = [module for module in modules if find_family(module) is not None]
+    models = [module for module in dict.fromkeys(modules) if find_family(module) is not None]
     if not models:
         held = ", ".join(type(module).__name__ for module in modules) or "no module"
+        found = f"{type(pipe_or_model).__name__} (which holds {held})"
         raise ValueError(
-            unsupported_message(
-                f"{type(pipe_or_model).__name__} (which holds {held}) has no transformer that diffusers_linattn knows.",
-                *map(type, modules),
-            )
+            unsupported_message(f"{found} has no transformer that diffusers_linattn knows.", *map(type, modules))
         )
     return models
 
@@ -91,8 +91,9 @@ def layers_of(pipe_or_model: Any) -> list[Layer]:
     for model in transformers_of(pipe_or_model):
         family = find_family(model)
         assert family is not None
+        scopes = family.scopes(model)
         named = [
-            (name, module, scope)
+            (name, module, scopes.get(name, scope))
             for name, module in model.named_modules()
             for pattern, scope in family.layers.items()
             if fnmatchcase(name, pattern) and hasattr(module, "processor")
@@ -193,12 +194,15 @@ _EXPECTED = (
 def _build(layer: Layer, template: BaseProcessor | None) -> BaseProcessor | None:
     if template is None:
         return None
+    check_not_parallel(layer.model)
     current = layer.processor
     original = layer.attn.processor if current is None else current.original
     try:
         built = template.copy_for_layer(layer.attn, original, index=layer.index, scope=layer.scope)
     except ValueError as error:
         raise ValueError(f"{layer.name}: {error}") from error
+    if built.own_parameters():
+        check_offloading(layer.model)
     if template.reset_projections:
         if _submodule(layer.attn, "to_qkv_mlp_proj") is not None:
             raise ValueError(
@@ -207,14 +211,23 @@ def _build(layer: Layer, template: BaseProcessor | None) -> BaseProcessor | None
             )
         for name in PROJECTIONS:
             projection = _submodule(layer.attn, name)
-            if isinstance(projection, nn.ModuleList):  # to_out, whose first module is a projection of its own
+            # to_out, whose first module is a projection of its own; in Lumina-Next it is another layer's.
+            if isinstance(projection, nn.ModuleList | nn.Identity):
                 continue
-            if projection is not None and not isinstance(projection, nn.Linear):
+            if projection is None:
+                continue
+            quantized = isinstance(projection, nn.Linear) and is_quantized(projection.weight)
+            if quantized or not isinstance(projection, nn.Linear):
                 raise ValueError(
                     f"{layer.name}: reset_projections needs plain linear projections, {name} is a "
-                    f"{type(projection).__name__}."
+                    f"{'quantized ' if quantized else ''}{type(projection).__name__}."
                 )
     return built
+
+
+def is_quantized(weight: torch.Tensor) -> bool:
+    """Whether a weight is not the plain tensor of numbers that another one can be copied into."""
+    return not weight.is_floating_point() or type(weight.data) is not torch.Tensor
 
 
 def install(planned: list[tuple[Layer, BaseProcessor | None]]) -> None:
@@ -234,6 +247,7 @@ def install(planned: list[tuple[Layer, BaseProcessor | None]]) -> None:
             tracker.watch(names)
         if not names:
             remove_tracker(model)
+        offload_again(model)
 
 
 def restore_layer(layer: Layer) -> None:
@@ -241,11 +255,17 @@ def restore_layer(layer: Layer) -> None:
     processor = layer.processor
     if processor is None:
         return
+    remove_lora(layer.model, layer.attn)
+    processor.check_fused_loras(layer.attn)
     own = processor.weights_of(layer.attn)
-    changed = [(own[name], weight) for name, weight in processor.original_weights.items()]
+    # Projections that are fused by now are made again from the restored ones.
+    kept = {name: w for name, w in processor.original_weights.items() if name in own or not name.startswith(_FUSED)}
+    changed = [(own[name], weight) for name, weight in kept.items()]
     with torch.no_grad():
         for parameter, weight in changed:
             parameter.copy_(weight)
+    if changed:
+        fuse_again(layer.attn)
     for name in HOST_ATTRIBUTES:
         if hasattr(processor.original, name):
             setattr(processor.original, name, getattr(processor, name))
@@ -270,7 +290,14 @@ def original_attention(pipe_or_model: Any) -> Iterator[None]:
         for layer, processor in converted:
             if processor is None:
                 continue
+            processor.check_fused_loras(layer.attn)
             own = processor.weights_of(layer.attn)
+            kept = processor.original_weights
+            if kept and getattr(layer.attn, "fused_projections", False) and "to_qkv.weight" not in kept:
+                raise ValueError(
+                    f"{layer.name}: its projections are fused, so that its original weights cannot be switched in. "
+                    "Call unfuse_qkv_projections() on the model first."
+                )
             for name, weight in processor.original_weights.items():
                 if own[name].is_meta:
                     raise ValueError(
@@ -280,7 +307,8 @@ def original_attention(pipe_or_model: Any) -> Iterator[None]:
                 switched.append((own[name], own[name].data))
                 own[name].data = weight.to(own[name].device)
             set_processor(layer.attn, processor.original)
-        yield
+        with lora_switched_off(layer.attn for layer, processor in converted if processor is not None):
+            yield
     finally:
         for parameter, data in switched:
             parameter.data = data
@@ -289,6 +317,16 @@ def original_attention(pipe_or_model: Any) -> Iterator[None]:
                 layer.attn.processor = processor
         for tracker, names in zip(trackers, watched, strict=True):
             tracker.watch(names)
+
+
+_FUSED = ("to_qkv.", "to_kv.", "to_added_qkv.")
+
+
+def fuse_again(attn: Any) -> None:
+    """Where `fuse_qkv_projections` was called: make the fused projections again from the single ones."""
+    if getattr(attn, "fused_projections", False):
+        attn.fused_projections = False
+        attn.fuse_projections()
 
 
 def set_processor(attn: Any, processor: Any) -> None:
@@ -301,13 +339,14 @@ def _reset_projections(layer: Layer, processor: BaseProcessor) -> None:
     linears = {name: m for name in PROJECTIONS if isinstance(m := _submodule(layer.attn, name), nn.Linear)}
     weights = [f"{name}.{weight}" for name, module in linears.items() for weight, _ in module.named_parameters()]
     processor.keep_original_weights(layer.attn, weights)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(layer.index)
-        for module in linears.values():
+    random_init = RandomInit(seed=layer.index)
+    for module in linears.values():
+        with random_init:
             fresh = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
-            with torch.no_grad():
-                for name, parameter in module.named_parameters():
-                    parameter.copy_(fresh.get_parameter(name))
+        with torch.no_grad():
+            for name, parameter in module.named_parameters():
+                parameter.copy_(fresh.get_parameter(name))
+    fuse_again(layer.attn)
 
 
 def _submodule(attn: nn.Module, name: str) -> Any:
@@ -325,7 +364,7 @@ def _select(names: list[str], layers: Layers) -> set[int]:
         return selected
     selected = set()
     for item in layers if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers]:
-        if isinstance(item, int):
+        if isinstance(item, int) and not isinstance(item, bool):
             if not -len(names) <= item < len(names):
                 raise ValueError(f"Layer index {item} is out of range: there are {len(names)} attention layers.")
             selected.add(item % len(names))
@@ -334,7 +373,7 @@ def _select(names: list[str], layers: Layers) -> set[int]:
     return selected
 
 
-def _match(names: list[str], pattern: str) -> list[int]:
+def _match(names: list[str], pattern: Any) -> list[int]:
     if not isinstance(pattern, str):
         raise ValueError(f"Expected a layer-name pattern such as 'transformer_blocks.*', got {pattern!r}.")
     matched = [i for i, name in enumerate(names) if fnmatchcase(name, pattern)]

@@ -140,8 +140,9 @@ def make_samples(
         The samples, opened.
 
     Raises:
-        ValueError: No prompts, a pipeline whose model is not trained by flow matching, too little disk space, or a
-            directory that holds samples of other settings.
+        ValueError: No prompts, a pipeline whose model is not trained by flow matching, that has several transformers,
+            or whose transformer takes more than tensors, too little disk space, or a directory that holds samples of
+            other settings.
     """
     prompts = _read_prompts(prompts)
     for name, number in (("num_samples", num_samples), ("batch_size", batch_size)):
@@ -202,7 +203,7 @@ class _Recorder:
     def __init__(self, pipe: Any, settings: dict[str, Any]):
         self.pipe = pipe
         self.settings = settings
-        (self.model,) = transformers_of(pipe)
+        self.model = single_transformer_of(pipe)
         family = find_family(self.model)
         assert family is not None
         self.shared = family.shared
@@ -225,7 +226,7 @@ class _Recorder:
                         for name, value in first_call.items():
                             if name not in self.shared:
                                 tensors[f"conditioning.{index}.{name}"] = value[row]
-                for name in self.shared:
+                for name in first_call.keys() & set(self.shared):
                     tensors[f"shared.{resolution[0]}x{resolution[1]}.{name}"] = first_call[name]
                 progress.update(len(chosen))
         return {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}, {
@@ -256,7 +257,7 @@ class _Recorder:
         try:
             with original_attention(self.pipe):
                 latents = self.pipe(
-                    [settings["prompts"][index % len(settings["prompts"])] for index in indices],
+                    prompt=[settings["prompts"][index % len(settings["prompts"])] for index in indices],
                     generator=[torch.Generator("cpu").manual_seed(value) for value in seeds],
                     output_type="latent",
                     return_dict=False,
@@ -266,6 +267,7 @@ class _Recorder:
             handle.remove()
             self.pipe.set_progress_bar_config(**{"disable": False, **quiet})
         call = calls[0]
+        _check_tensors(call, type(self.model).__name__)
         if call["hidden_states"].shape != latents.shape:
             raise ValueError(
                 f"The transformer takes {tuple(call['hidden_states'].shape)} where the pipeline returns latents of "
@@ -278,6 +280,21 @@ class _Recorder:
             if isinstance(value, torch.Tensor) and name not in ("hidden_states", "timestep")
         }
         return latents, kept, round(scale, 9)
+
+
+def single_transformer_of(pipe: Any) -> Any:
+    """The supported transformer of a pipeline for distillation.
+
+    Raises:
+        ValueError: There is none, or more than one.
+    """
+    models = transformers_of(pipe)
+    if len(models) > 1:
+        raise ValueError(
+            f"{type(pipe).__name__} has {len(models)} transformers: distillation covers pipelines with one. The "
+            "attention of all can be swapped with linearize."
+        )
+    return models[0]
 
 
 def _read_prompts(prompts: Sequence[str] | str | Path) -> list[str]:
@@ -298,6 +315,19 @@ def _check_flow_matching(pipe: Any) -> None:
         raise ValueError(
             f"Distillation covers flow-matching models; {type(pipe).__name__} has a {scheduler}. Its attention can be "
             "swapped with linearize."
+        )
+
+
+def _check_tensors(call: dict[str, Any], transformer: str) -> None:
+    """Raise if a call of the transformer has something in it that samples cannot hold."""
+    empty = [name for name, value in call.items() if value is None or (isinstance(value, dict) and not value)]
+    kept = [*empty, "return_dict", *(name for name, value in call.items() if isinstance(value, torch.Tensor))]
+    lost = [name for name in call if name not in kept]
+    if lost or "hidden_states" not in call:
+        found = f"{lost[0]}, a {type(call[lost[0]]).__name__}" if lost else "no hidden_states"
+        raise ValueError(
+            f"Distillation covers transformers that take tensors; {transformer} was given {found}. Its attention can "
+            "be swapped with linearize."
         )
 
 

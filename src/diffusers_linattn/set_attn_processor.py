@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.models.attention import AttentionMixin
 
 from diffusers_linattn.linearize import (
+    Layer,
     install,
     layers_of,
     linearize,
@@ -40,9 +41,9 @@ def install_set_attn_processor() -> None:
 
 
 def _set_on_pipeline(self: Any, processor: Any) -> None:
-    """Set the attention processor of a pipeline's transformer; see [`linearize`] for the processors of this library.
+    """Set the attention processor of a pipeline's transformers; see [`linearize`] for the processors of this library.
 
-    Any other processor goes to the model's own `set_attn_processor`.
+    Any other processor goes to the `set_attn_processor` of each transformer, or of the U-Net.
     """
     if _holds_ours(processor):
         models: list[Any] = list(transformers_of(self))
@@ -51,10 +52,11 @@ def _set_on_pipeline(self: Any, processor: Any) -> None:
         else:
             linearize(self, processor)
         return
-    model = getattr(self, "transformer", None) or getattr(self, "unet", None)
-    if model is None:
+    held = [getattr(self, name, None) for name in ("transformer", "transformer_2", "unet")]
+    if not any(held):
         raise ValueError(f"{type(self).__name__} has neither a transformer nor a unet to set a processor on.")
-    model.set_attn_processor(processor)
+    for model in dict.fromkeys(model for model in held if model is not None):
+        model.set_attn_processor(processor)
 
 
 def _set_on_model(model: Any, processor: Any, stock: Any) -> None:
@@ -69,8 +71,14 @@ def _set_on_model(model: Any, processor: Any, stock: Any) -> None:
             f"{type(model).__name__} has no set_attn_processor of its own: only the processors of diffusers_linattn "
             "can be set on it."
         )
-    if find_family(model) is not None and any(layer.processor for layer in layers_of(model)):
+    converted = [layer for layer in layers_of(model) if layer.processor] if find_family(model) is not None else []
+    if converted:
+        if isinstance(processor, Mapping):
+            _set_mapping(model, processor)
+            return
         if type(processor).__name__.startswith("Fused"):
+            if all(isinstance(layer.attn.processor.original, type(processor)) for layer in converted):
+                return  # they were fused before the conversion
             _drop_fused_projections(model)
             raise ValueError(
                 "Fusing the projections of this model replaces its attention processors, the converted ones too: "
@@ -81,7 +89,11 @@ def _set_on_model(model: Any, processor: Any, stock: Any) -> None:
 
 
 def _set_mapping(model: Any, mapping: Mapping[str, Any]) -> None:
-    """A dict as diffusers knows it, "<layer>.processor" to processor, or patterns as [`linearize`] takes them."""
+    """A dict as diffusers knows it, "<layer>.processor" to processor, or patterns as [`linearize`] takes them.
+
+    Converted layers that get a processor of another kind are restored first. The model's tracker stays, and warns at
+    the next call: loaders of IP-Adapters set such dicts, and the user may not know.
+    """
     layers = {layer.name: layer for layer in layers_of(model)}
     ours: dict[str, BaseProcessor | None] = {}
     others: dict[str, Any] = {}
@@ -90,7 +102,7 @@ def _set_mapping(model: Any, mapping: Mapping[str, Any]) -> None:
         if processor is not None and not isinstance(processor, BaseProcessor):
             others[place] = processor
         elif place in layers:
-            if processor is None or layers[place].processor is not processor:
+            if not _keeps(layers[place], processor):
                 ours[place] = processor
         elif not (name.endswith(".processor") and _is_attention(model, place)):
             ours[place] = processor  # else cross-attention, which no mechanism replaces
@@ -109,6 +121,18 @@ def _set_mapping(model: Any, mapping: Mapping[str, Any]) -> None:
         given = ours.get(layer.name)
         if built is not None and given is not None and not given.is_template:
             built.load_state_dict(given.state_dict())
+
+
+def _keeps(layer: Layer, processor: BaseProcessor | None) -> bool:
+    """Whether setting `processor` leaves a layer as it is.
+
+    Loaders of IP-Adapters give the layers that they have nothing for a `processor.__class__()`. Of the class of an
+    installed processor, which is made for the layers of one model, no user makes such an instance.
+    """
+    if processor is None:
+        return False
+    of_class = processor.is_template and type(processor) is not processor.plain_class
+    return layer.processor is processor or (of_class and type(layer.processor) is type(processor))
 
 
 def _drop_fused_projections(model: Any) -> None:

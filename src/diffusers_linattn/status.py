@@ -26,11 +26,13 @@ class LayerStatus:
         processor: Its processor of this library, `None` while it has another.
         implementation: What answers its attention call, with a reason where it is not the usual implementation;
             `"dense"` for layers that are not converted, and why.
+        transformer: Which transformer of the pipeline it is in, such as `"transformer_2"`; empty if there is one only.
     """
 
     name: str
     processor: BaseProcessor | None
     implementation: str
+    transformer: str = ""
 
 
 @dataclass(frozen=True)
@@ -80,11 +82,20 @@ def status(pipe_or_model: Any) -> Status:
         >>> len(status(linearize(model, ClearProcessor(window=4), layers=0)).converted)
         1
     """
-    layers = tuple(
-        LayerStatus(layer.name, layer.processor, _implementation(layer)) for layer in layers_of(pipe_or_model)
-    )
-    left = [item for model in transformers_of(pipe_or_model) for item in _left(model)]
-    return Status(layers, tuple(left))
+    models = transformers_of(pipe_or_model)
+    places = _places(pipe_or_model) if len(models) > 1 else {}
+    layers = [
+        LayerStatus(layer.name, layer.processor, _implementation(layer), places.get(layer.model, ""))
+        for layer in layers_of(pipe_or_model)
+    ]
+    left = [item for model in models for item in _left(model, places.get(model, ""))]
+    return Status(tuple(layers), tuple(left))
+
+
+def _places(pipe: Any) -> dict[nn.Module, str]:
+    """The names of a pipeline's modules in it."""
+    parts = pipe.components.items()
+    return {getattr(part, "_orig_mod", part): name for name, part in parts if isinstance(part, nn.Module)}
 
 
 def _implementation(layer: Layer) -> str:
@@ -99,24 +110,28 @@ def _implementation(layer: Layer) -> str:
     return " or ".join(dict.fromkeys(found))
 
 
-def _left(model: nn.Module) -> Iterator[LayerStatus]:
+def _left(model: nn.Module, place: str) -> Iterator[LayerStatus]:
     family = find_family(model)
     assert family is not None
     for name, module in model.named_modules():
         if not hasattr(module, "processor") or any(fnmatchcase(name, pattern) for pattern in family.layers):
             continue
-        if isinstance(module, nn.Module) and not isinstance(module, BaseProcessor):
-            reasons = [reason for pattern, reason in family.left.items() if fnmatchcase(name, pattern)]
-            yield LayerStatus(name, None, "dense: " + (reasons[0] if reasons else "unknown to this library"))
+        reasons = [reason for pattern, reason in family.left.items() if fnmatchcase(name, pattern)]
+        reason = reasons[0] if reasons else "unknown to this library"
+        yield LayerStatus(name, None, f"dense: {reason}", place)
 
 
 def _rows(layers: tuple[LayerStatus, ...]) -> Iterator[tuple[str, str, str, str]]:
     def key(layer: LayerStatus) -> tuple[str, str, str]:
-        return re.sub(r"\d+", "*", layer.name), repr(layer.processor or "original"), layer.implementation
+        kind = re.sub(r"(?<=\.)\d+(?=\.)", "*", layer.name)  # not the number of attn1 and attn2
+        processor = "original" if layer.processor is None else repr(layer.processor)
+        return f"{layer.transformer} {kind}", processor, layer.implementation
 
     # Layers of two kinds may take turns (attn1, attn2 of every block): sort by kind, in the order of appearance.
     order = {key(layer)[0]: i for i, layer in reversed(list(enumerate(layers)))}
     for (_, processor, implementation), group in groupby(sorted(layers, key=lambda x: order[key(x)[0]]), key):
-        names = [layer.name for layer in group]
+        some = list(group)
+        names = [layer.name for layer in some]
         name = names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}"
-        yield name, str(len(names)), processor.strip("'"), implementation
+        name = f"{some[0].transformer}: {name}" if some[0].transformer else name
+        yield name, str(len(names)), processor, implementation

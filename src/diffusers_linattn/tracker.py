@@ -17,6 +17,11 @@ from diffusers_linattn.models.family import Memo
 
 Scopes = dict[str, tuple[TokenLayout, ...]]
 
+CONTEXT_PARALLELISM = (
+    "Context parallelism splits the sequence, which windows and scans over the token grid cannot see across yet. "
+    "Disable it, or restore(model) the original attention first."
+)
+
 
 class LayoutTracker:
     """A forward pre-hook that works out the token layouts of each call of one transformer.
@@ -34,6 +39,7 @@ class LayoutTracker:
         self._shapes: dict[str, list[list[tuple[str, torch.Tensor]]]] = {}
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        check_not_parallel(model)
         arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
         self.set(_by_scope(self.family.layout(model, ForwardArguments(arguments, self._memo))))
         if torch.is_grad_enabled():
@@ -43,7 +49,7 @@ class LayoutTracker:
 
     def set(self, scopes: Scopes) -> None:
         """Make `scopes` what [`layouts_of`] answers with."""
-        if scopes == self.last and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and scopes == self.last:  # Dynamo cannot compare them
             return
         self.last = scopes
         # The sizes again, as shapes of tensors without elements: inside a compiled block they become symbolic sizes,
@@ -81,7 +87,10 @@ class LayoutTracker:
         """The layers that were converted and have a processor of another kind by now, with the class of it."""
         found = {}
         for name in self.installed:
-            processor: Any = model.get_submodule(name).processor
+            try:
+                processor: Any = model.get_submodule(name).processor
+            except AttributeError:  # the block was taken out of the model
+                continue
             if getattr(processor, "tracker", None) is not self:
                 found[name] = type(processor).__name__
         return found
@@ -154,6 +163,19 @@ def _prepare_for_training(model: nn.Module, tracker: LayoutTracker) -> None:
         if getattr(processor, "tracker", None) is tracker:
             trained = [name for name, p in processor.weights_of(module).items() if p.requires_grad]
             processor.keep_original_weights(module, trained)
+
+
+def check_not_parallel(model: nn.Module) -> None:
+    """Raise where diffusers has split a model over devices (`enable_parallelism`, `from_pretrained`)."""
+    config = getattr(model, "_parallel_config", None)
+    if config is None:
+        return
+    if getattr(config, "tensor_parallel_config", None) is not None:
+        raise NotImplementedError(
+            "Tensor parallelism splits the projections over devices, and the weights of converted layers are not "
+            "split with them yet. Load the model without it, or restore(model) the original attention first."
+        )
+    raise NotImplementedError(CONTEXT_PARALLELISM)
 
 
 def install_tracker(model: nn.Module, family: Family) -> LayoutTracker:

@@ -1,131 +1,377 @@
-"""Save linearized attention to a folder and load it into another copy of the model."""
+"""Save linearized attention to a folder, and load it from a folder or the Hub into another copy of the model."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from torch import nn
 
-from diffusers_linattn.files import read_json, write_atomically, write_json
-from diffusers_linattn.linearize import Layer, install, layers_of, plan, transformers_of
-from diffusers_linattn.processors import BaseProcessor, ClearProcessor, GLAProcessor, LinearProcessor
-from diffusers_linattn.version import __version__
+from diffusers_linattn.checkpoint import MAX_OVERHEAD, WEIGHTS_NAME, Checkpoint, open_checkpoint, write_checkpoint
+from diffusers_linattn.clear_layout import read_clear_layout
+from diffusers_linattn.linearize import (
+    Layer,
+    fuse_again,
+    install,
+    is_quantized,
+    layers_of,
+    plan,
+    restore_layer,
+    set_processor,
+    transformers_of,
+)
+from diffusers_linattn.lora import LORA_NAME, add_lora, describe_lora, lora_shapes, lora_tensors, lora_to_save
+from diffusers_linattn.offloading import check_offloading
+from diffusers_linattn.origin import base_model_of
+from diffusers_linattn.processors import BaseProcessor, ClearProcessor
+from diffusers_linattn.processors.base import fused_loras
+from diffusers_linattn.saved_config import CONFIG_NAME, PROCESSORS, SavedConfig, SavedLayer, check_metrics, kind_of
+from diffusers_linattn.sources import open_source
+from diffusers_linattn.tracker import remove_tracker
 
 
 PipelineOrModel = TypeVar("PipelineOrModel")
+Planned = list[tuple[Layer, BaseProcessor]]
 
-CONFIG_NAME = "linear_attention_config.json"
-WEIGHTS_NAME = "linear_attention.safetensors"
-FORMAT_VERSION = 1
-PROCESSORS: dict[str, type[BaseProcessor]] = {
-    "clear": ClearProcessor,
-    "gla": GLAProcessor,
-    "linear": LinearProcessor,
-}
+__all__ = ["CONFIG_NAME", "PROCESSORS", "WEIGHTS_NAME", "load_linear_attention", "save_linear_attention"]
+
+# No file is read that is larger than all that could belong to the model: fp64, and as much again for processors.
+BYTES_PER_PARAMETER = 16
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def save_linear_attention(pipe_or_model: Any, directory: str | Path) -> Path:
+def save_linear_attention(
+    pipe_or_model: Any,
+    directory: str | Path,
+    *,
+    max_shard_size: int | str = "5GB",
+    variant: str | None = None,
+    recipe: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, float] | None = None,
+) -> Path:
     """Save what was converted: the processors, their weights, and the layers' own weights where those changed.
 
-    Writes `linear_attention_config.json` and `linear_attention.safetensors`, each atomically.
+    Writes `linear_attention_config.json` and `linear_attention.safetensors`, as `docs/format.md` describes them. The
+    same weights give the same bytes. All files are written beside the old ones first, so that a call that fails leaves
+    the folder as it was. A LoRA that lies in converted layers only is saved as such.
 
     Args:
         pipe_or_model: A converted pipeline or transformer.
         directory: Where to; made if it does not exist.
+        max_shard_size: Weights that are larger become several files with an index.
+        variant: A word in the names of the weight files, such as `"fp16"`, as diffusers writes them.
+        recipe: How the weights were trained, JSON-able; `None` is what [`distill`] or an earlier load left.
+        metrics: Named results for the configuration and the model card, beside those that were left likewise.
 
     Returns:
         The directory.
 
     Raises:
-        ValueError: No layer is converted.
+        ValueError: No layer is converted, weights that are offloaded, quantized or not finite, or a folder that holds
+            another variant of other layers.
+
+    Example:
+        >>> save_linear_attention(pipe, "flux-clear-w16")  # doctest: +SKIP
     """
     model = _single_transformer(pipe_or_model)
     converted = [(layer, layer.processor) for layer in layers_of(model) if layer.processor is not None]
     if not converted:
         raise ValueError("No attention layer is converted: linearize(pipe, processor) first.")
-    layers: dict[str, Any] = {}
+    lora_name = lora_to_save(model, [layer.attn for layer, _ in converted])
+    layers: dict[str, SavedLayer] = {}
     tensors: dict[str, torch.Tensor] = {}
     for layer, processor in converted:
-        assert processor is not None
-        own, kept = processor.weights_of(layer.attn), processor.original_weights
-        changed = sorted(name for name in kept if not torch.equal(own[name], kept[name].to(own[name])))
-        layers[layer.name] = _describe(processor, changed)
-        tensors |= _tensors(layer, processor, changed)
-    config = {
-        "format_version": FORMAT_VERSION,
-        "library_version": __version__,
-        "base_model": _base_model(pipe_or_model, model),
-        "transformer": type(model).__name__,
-        "layers": layers,
-    }
+        processor.check_fused_loras(layer.attn)
+        kind_of(processor)
+        changed = _changed_weights(layer, processor)
+        layers[layer.name] = SavedLayer(processor, tuple(changed), describe_lora(layer.attn, lora_name))
+        tensors |= _parameters(layer, processor, changed, lora_name)
+    _check_savable(tensors)
+    provenance = _provenance([processor for _, processor in converted], recipe, metrics)
+    base_model, revision = base_model_of(pipe_or_model)
+    config = SavedConfig(
+        transformer=type(model).__name__,
+        layers=layers,
+        base_model=base_model,
+        base_model_revision=revision,
+        recipe=provenance["recipe"],
+        metrics=provenance["metrics"],
+    )
     directory = Path(directory)
-    contiguous = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    write_atomically(directory / WEIGHTS_NAME, lambda path: save_file(contiguous, path, metadata={"format": "pt"}))
-    write_json(directory / CONFIG_NAME, config)
+    write_checkpoint(directory, config, tensors, max_shard_size=max_shard_size, variant=variant)
+    for _, processor in converted:
+        processor.provenance = provenance
     return directory
 
 
 def load_linear_attention(
-    pipe_or_model: PipelineOrModel, directory: str | Path, *, subfolder: str | None = None
+    pipe_or_model: PipelineOrModel,
+    repo_or_directory: str | Path,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    weight_name: str | None = None,
+    variant: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    force_download: bool = False,
+    processor: ClearProcessor | None = None,
 ) -> PipelineOrModel:
     """Convert a pipeline or transformer as a saved one was, and load its weights.
 
-    Everything is checked before the model is touched: a call that fails leaves it as it was. Layers that are
-    converted already are replaced. [`restore`] gives the original back.
+    Everything is checked before the model is touched, and a call that fails leaves it as it was. Afterwards the model
+    is the saved one, whatever was converted before: layers that the file does not name are dense. [`restore`] gives
+    the original back. Weights are read one at a time, straight into the model's dtype and device. A model on the meta
+    device is converted and checked; it has no place for values.
 
     Args:
         pipe_or_model: A pipeline or transformer of the class that the weights were made for.
-        directory: A folder written by [`save_linear_attention`].
-        subfolder: A folder inside `directory`.
+        repo_or_directory: A folder written by [`save_linear_attention`], or the id of a repository on the Hub.
+        revision: Branch, tag or commit on the Hub. All files come from one commit.
+        subfolder: A folder inside.
+        weight_name: One safetensors file that holds everything, such as a file of `Huage001/CLEAR`, whose settings
+            are read from its name.
+        variant: A word in the names of the weight files, such as `"fp16"`.
+        token: For private and gated repositories; `None` is the one of `hf auth login`, `False` none.
+        cache_dir: Where downloads are kept.
+        local_files_only: Use the cache alone.
+        force_download: Download again what is in the cache.
+        processor: The settings of a file of CLEAR whose name does not tell them.
 
     Returns:
         `pipe_or_model` itself.
 
     Raises:
-        ValueError: Weights for another model or processor, missing, unexpected or mis-shaped tensors, or files that
-            cannot be read.
+        ValueError: Weights for another model or processor, missing, unexpected or mis-shaped tensors, files that
+            cannot be read, or ([`HubError`], which is an OSError as well) that cannot be downloaded.
+
+    Example:
+        >>> load_linear_attention(pipe, "me/flux-clear-w16")  # doctest: +SKIP
+        >>> load_linear_attention(pipe, "Huage001/CLEAR", weight_name="clear_local_16.safetensors")  # doctest: +SKIP
     """
     model = _single_transformer(pipe_or_model)
-    folder = Path(directory, subfolder) if subfolder else Path(directory)
-    config = _check_config(read_json(folder / CONFIG_NAME), model, folder)
-    processors = {name: _read_processor(name, entry) for name, entry in config["layers"].items()}
-    known = {layer.name for layer in layers_of(model)}
-    unknown = sorted(set(processors) - known)
-    if unknown:
-        raise ValueError(
-            f"{folder / CONFIG_NAME} converts layers that this {type(model).__name__} does not have: "
-            f"{_list(unknown)}. It was made for a model with other depths; load it into the base model it names."
-        )
-    planned = plan(model, processors)
-    expected: dict[str, torch.Tensor] = {}
-    for layer, processor in planned:
-        assert processor is not None
-        expected |= _tensors(layer, processor, config["layers"][layer.name]["weights"])
-    path = folder / WEIGHTS_NAME
-    try:
-        with safe_open(path, framework="pt") as file:
-            _check_tensors(file, expected, path)
-            loaded = {name: file.get_tensor(name) for name in expected}
-    except (FileNotFoundError, SafetensorError) as error:
-        raise ValueError(f"{path} cannot be read: {error}. Save it again with save_linear_attention.") from error
-    install(planned)
-    with torch.no_grad():
-        for layer, processor in planned:
-            assert processor is not None
-            names = config["layers"][layer.name]["weights"]
-            processor.keep_original_weights(layer.attn, names)
-            for name, tensor in _tensors(layer, processor, names).items():
-                tensor.copy_(loaded[name])
+    layers = layers_of(model)
+    if processor is not None and (weight_name is None or not isinstance(processor, ClearProcessor)):
+        raise ValueError("processor= takes the ClearProcessor of a file of CLEAR: it goes with weight_name=.")
+    source = open_source(
+        repo_or_directory,
+        revision=revision,
+        subfolder=subfolder,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+        force_download=force_download,
+    )
+    imported: list[SavedConfig] = []
+
+    def import_layout(name: str, header: Any) -> Any:
+        found = read_clear_layout(name, header, model, layers, processor)
+        imported.extend(found[:1] if found else ())
+        return found
+
+    max_bytes = MAX_OVERHEAD + int(BYTES_PER_PARAMETER * sum(p.numel() for p in model.parameters()))
+    checkpoint = open_checkpoint(
+        source, variant=variant, weight_name=weight_name, max_bytes=max_bytes, import_layout=import_layout
+    )
+    if processor is not None and not imported:
+        raise ValueError(f"{checkpoint.where} tells the settings of {weight_name}: leave processor= out.")
+    planned, dense = _plan(model, layers, checkpoint)
+    _check_values(planned, checkpoint)
+    originals = {layer.name: layer.processor.original_weights for layer in layers if layer.processor is not None}
+    with _as_before_on_failure(layers, model):
+        install([*planned, *dense])
+        _copy(planned, checkpoint, originals)
     return pipe_or_model
 
 
-def _base_model(pipe_or_model: Any, model: Any) -> str | None:
-    name = getattr(pipe_or_model, "name_or_path", None) or model.config.get("_name_or_path")
-    # A folder of this machine means nothing to others.
-    return str(name) if name and not Path(name).exists() else None
+def _plan(model: Any, layers: list[Layer], checkpoint: Checkpoint) -> tuple[Planned, list[tuple[Layer, None]]]:
+    """What will be installed, and which converted layers become dense, checked against the model and the tensors."""
+    config, where = checkpoint.config, checkpoint.where
+    if config.transformer != type(model).__name__:
+        raise ValueError(
+            f"{where} is for a {config.transformer}, this model is a {type(model).__name__}. Load it into "
+            f"{config.base_model or 'the base model it was made from'}."
+        )
+    unknown = sorted(set(config.layers) - {layer.name for layer in layers})
+    if unknown:
+        raise ValueError(
+            f"{where} converts layers that this {type(model).__name__} does not have: {_list(unknown)}. It was made "
+            "for a model with other depths; load it into the base model it names."
+        )
+    planned = [
+        (layer, built)
+        for layer, built in plan(model, {name: saved.processor for name, saved in config.layers.items()})
+        if built is not None
+    ]
+    dense = [(layer, None) for layer in layers if layer.processor is not None and layer.name not in config.layers]
+    expected: dict[str, tuple[int, ...]] = {}
+    for layer, processor in planned:
+        try:
+            expected |= _shapes(layer, processor, config.layers[layer.name])
+        except ValueError as error:
+            raise ValueError(f"{where}: {layer.name}: {error}") from error
+    _check_tensors(checkpoint, expected)
+    checkpoint.check_copies()
+    check_offloading(model)
+    return planned, dense
+
+
+def _shapes(layer: Layer, processor: BaseProcessor, saved: SavedLayer) -> dict[str, tuple[int, ...]]:
+    own = processor.weights_of(layer.attn)
+    missing = [name for name in saved.weights if name not in own]
+    if missing:
+        raise ValueError(f"it has no weight {_list(missing)}: the checkpoint is for another attention class.")
+    if saved.weights and fused_loras(layer.attn):
+        raise ValueError(
+            "it has a LoRA fused into its weights, which the loaded weights would replace: call unfuse_lora(), load, "
+            "then fuse_lora() again."
+        )
+    for name in saved.weights:
+        if is_quantized(own[name]):
+            raise ValueError(
+                f"its {name} is quantized or split over devices, and the file has another one in its place: load it "
+                "into the model as it was before, or exclude the attention layers from quantization."
+            )
+    shapes = {f"processor.{name}": tuple(parameter.shape) for name, parameter in processor.own_parameters().items()}
+    shapes |= {name: tuple(own[name].shape) for name in saved.weights} | lora_shapes(layer.attn, saved.lora)
+    return {f"{layer.name}.{name}": shape for name, shape in shapes.items()}
+
+
+def _check_tensors(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]) -> None:
+    present = checkpoint.tensors
+    missing, extra = sorted(set(expected) - set(present)), sorted(set(present) - set(expected))
+    if missing or extra:
+        problems = [f"{kind} {_list(names)}" for kind, names in (("misses", missing), ("has extra", extra)) if names]
+        where = checkpoint.files[-1]
+        raise ValueError(
+            f"{where} {' and '.join(problems)}. It does not belong to its {CONFIG_NAME}, or to another processor."
+        )
+    for name, shape in expected.items():
+        if present[name].info.shape != shape:
+            raise ValueError(
+                f"{present[name].path}: {name} has shape {present[name].info.shape}, this model needs {shape}."
+            )
+
+
+def _check_values(planned: Planned, checkpoint: Checkpoint) -> None:
+    """No NaN and no infinity, in the dtype that the model will hold the values in."""
+    with checkpoint.reader() as read:
+        for layer, _ in planned:
+            dtype = next((p.dtype for p in layer.attn.parameters() if p.dtype in FLOATS), torch.float32)
+            if any(p.is_meta for p in layer.attn.parameters()):
+                continue
+            prefix = f"{layer.name}."
+            for name in [name for name in checkpoint.tensors if name.startswith(prefix)]:
+                if not torch.isfinite(read(name).to(dtype)).all():
+                    raise ValueError(
+                        f"{checkpoint.tensors[name].path}: {name} holds values that are NaN or infinite in {dtype}. "
+                        "The weights are damaged, or too large for this dtype."
+                    )
+
+
+def _copy(planned: Planned, checkpoint: Checkpoint, originals: Mapping[str, dict[str, torch.Tensor]]) -> None:
+    """Fill what has been installed; `originals` are the original weights that the former processors kept, by layer."""
+    config = checkpoint.config
+    add_lora(
+        planned[0][0].model,
+        {f"{name}.{place}": lora for name, saved in config.layers.items() for place, lora in saved.lora.items()},
+    )
+    provenance = {"recipe": config.recipe, "metrics": dict(config.metrics)}
+    with torch.no_grad(), checkpoint.reader() as read:
+        for layer, processor in planned:
+            processor.provenance = provenance
+            saved = config.layers[layer.name]
+            kept = originals.get(layer.name, {})  # not copied a second time
+            processor.original_weights |= {name: kept[name] for name in saved.weights if name in kept}
+            processor.keep_original_weights(layer.attn, saved.weights)
+            name = LORA_NAME if saved.lora else None
+            for key, parameter in _parameters(layer, processor, saved.weights, name).items():
+                if not parameter.is_meta:
+                    parameter.copy_(read(key))
+            if saved.weights:
+                fuse_again(layer.attn)
+
+
+@contextmanager
+def _as_before_on_failure(layers: list[Layer], model: nn.Module) -> Iterator[None]:
+    """Whatever fails within this context leaves the layers as they were before it."""
+    # A dense layer comes back by `restore_layer`. What a converted one holds would be lost: it waits on the CPU.
+    before = []
+    for layer in layers:
+        processor = layer.processor
+        if processor is not None:
+            name = LORA_NAME if describe_lora(layer.attn, LORA_NAME) else None
+            held = _parameters(layer, processor, processor.original_weights, name)
+            values = {key: p.detach().to("cpu", copy=True) for key, p in held.items() if not p.is_meta}
+            before.append((layer, processor, name, describe_lora(layer.attn, name), values))
+    try:
+        yield
+    except BaseException:
+        for layer in layers:
+            restore_layer(layer)
+        add_lora(model, {f"{layer.name}.{place}": low for layer, *_, lora, _ in before for place, low in lora.items()})
+        for layer, processor, name, _, values in before:
+            set_processor(layer.attn, processor)
+            with torch.no_grad():
+                for key, parameter in _parameters(layer, processor, processor.original_weights, name).items():
+                    if key in values:
+                        parameter.copy_(values[key])
+        if not before:
+            remove_tracker(model)
+        raise
+
+
+def _parameters(
+    layer: Layer, processor: BaseProcessor, weights: Iterable[str], lora_name: str | None
+) -> dict[str, nn.Parameter]:
+    """A layer's parameters under their names in the format: of its processor, its own weights, its LoRA."""
+    own = processor.weights_of(layer.attn)
+    named = {f"processor.{name}": parameter for name, parameter in processor.own_parameters().items()}
+    named |= {name: own[name] for name in weights} | lora_tensors(layer.attn, lora_name)
+    return {f"{layer.name}.{name}": parameter for name, parameter in named.items()}
+
+
+_OFFLOADED = "{} is offloaded weight by weight and cannot be read: call pipe.remove_all_hooks() first."
+
+
+def _changed_weights(layer: Layer, processor: BaseProcessor) -> list[str]:
+    own, kept = processor.weights_of(layer.attn), processor.original_weights
+    for name in kept:
+        if own[name].is_meta:
+            raise ValueError(_OFFLOADED.format(f"{layer.name}.{name}"))
+    return sorted(name for name, weight in kept.items() if not torch.equal(own[name], weight.to(own[name])))
+
+
+def _check_savable(tensors: Mapping[str, torch.Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.is_meta:
+            raise ValueError(_OFFLOADED.format(name))
+        if tensor.dtype not in FLOATS:
+            raise ValueError(f"{name} has dtype {tensor.dtype}, which the format does not have: save it in bf16.")
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} holds NaN or infinite values: the training diverged, there is nothing to save.")
+
+
+def _provenance(
+    processors: list[BaseProcessor], recipe: Mapping[str, Any] | None, metrics: Mapping[str, float] | None
+) -> dict[str, Any]:
+    """How the weights came about: as given, else as the processors were left, if they were left alike."""
+    first = processors[0].provenance
+    known = first if first and all(processor.provenance == first for processor in processors) else {}
+    if recipe is not None:  # trained anew
+        known = {}
+    kept = {"recipe": recipe or known.get("recipe"), "metrics": {**known.get("metrics", {}), **(metrics or {})}}
+    try:
+        kept = json.loads(json.dumps(kept, allow_nan=False))  # as it will be read back
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"recipe and metrics must be JSON-able: {error}.") from error
+    check_metrics(kept["metrics"], "save_linear_attention")
+    return kept
 
 
 def _single_transformer(pipe_or_model: Any) -> Any:
@@ -136,76 +382,6 @@ def _single_transformer(pipe_or_model: Any) -> Any:
             "as save_linear_attention(pipe.transformer, directory)."
         )
     return models[0]
-
-
-def _describe(processor: BaseProcessor, weights: list[str]) -> dict[str, Any]:
-    kind = next((name for name, cls in PROCESSORS.items() if processor.plain_class is cls), None)
-    if kind is None:
-        raise ValueError(f"{type(processor).__name__} cannot be saved: only {', '.join(PROCESSORS)} have a format.")
-    arguments = processor.to_config()
-    del arguments["impl"]  # a matter of the machine, not of the weights
-    return {"processor": kind, "arguments": arguments, "weights": weights}
-
-
-def _tensors(layer: Layer, processor: BaseProcessor, weights: list[str]) -> dict[str, torch.Tensor]:
-    """A layer's tensors under their names in the file: `<layer>.processor.<parameter>` and `<layer>.<weight>`."""
-    own = processor.weights_of(layer.attn)
-    missing = [name for name in weights if name not in own]
-    if missing:
-        raise ValueError(
-            f"{layer.name} has no weight {_list(missing)}: the checkpoint is for another attention class."
-        )
-    tensors: dict[str, torch.Tensor] = {}
-    tensors |= {f"{layer.name}.processor.{name}": tensor for name, tensor in processor.own_parameters().items()}
-    return tensors | {f"{layer.name}.{name}": own[name] for name in weights}
-
-
-def _check_config(config: Any, model: Any, folder: Path) -> dict[str, Any]:
-    where = folder / CONFIG_NAME
-    if not isinstance(config, dict) or not isinstance(config.get("layers"), dict) or not config["layers"]:
-        raise ValueError(f"{where} does not describe converted layers: is it a folder of save_linear_attention?")
-    if config.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"{where} has format_version {config.get('format_version')!r}, this version of diffusers_linattn reads "
-            f"{FORMAT_VERSION}. It was saved by {config.get('library_version')!r}: use that version."
-        )
-    if config.get("transformer") != type(model).__name__:
-        raise ValueError(
-            f"{where} is for a {config.get('transformer')}, this model is a {type(model).__name__}. Load it into "
-            f"{config.get('base_model') or 'the base model it was made from'}."
-        )
-    return config
-
-
-def _read_processor(name: str, entry: Any) -> BaseProcessor:
-    if not isinstance(entry, dict) or set(entry) != {"processor", "arguments", "weights"}:
-        raise ValueError(f"{name}: expected the keys processor, arguments and weights, got {entry!r}.")
-    cls = PROCESSORS.get(entry["processor"])
-    if cls is None:
-        raise ValueError(f"{name}: unknown processor {entry['processor']!r}, expected one of {', '.join(PROCESSORS)}.")
-    weights = entry["weights"]
-    if not isinstance(weights, list) or not all(isinstance(weight, str) for weight in weights):
-        raise ValueError(f"{name}: weights must be a list of names, got {weights!r}.")
-    if not isinstance(entry["arguments"], dict):
-        raise ValueError(f"{name}: arguments must be an object, got {entry['arguments']!r}.")
-    try:
-        return cls.from_config(entry["arguments"])
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
-
-
-def _check_tensors(file: Any, expected: dict[str, torch.Tensor], path: Path) -> None:
-    present = set(file.keys())
-    missing, extra = sorted(set(expected) - present), sorted(present - set(expected))
-    if missing or extra:
-        problems = [f"{kind} {_list(names)}" for kind, names in (("misses", missing), ("has extra", extra)) if names]
-        raise ValueError(
-            f"{path} {' and '.join(problems)}. It does not belong to its {CONFIG_NAME}, or to another processor."
-        )
-    for name, tensor in expected.items():
-        shape = tuple(file.get_slice(name).get_shape())
-        if shape != tuple(tensor.shape):
-            raise ValueError(f"{path}: {name} has shape {shape}, this model needs {tuple(tensor.shape)}.")
 
 
 def _list(names: list[str], most: int = 3) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,6 +43,7 @@ class Call:
             the row of the query of the first converted layer that must change, and no other.
         hidden: Numbers of an argument that a mask hides: (argument name, index). Changing them must change nothing.
         latents: The argument that holds the latents.
+        asking: The tokens that are queries, where these are neither all nor all that are on a grid.
     """
 
     inputs: dict[str, Any]
@@ -49,6 +51,7 @@ class Call:
     touched: tuple[Any, int] | None = None
     hidden: tuple[str, Any] | None = None
     latents: str = "hidden_states"
+    asking: Sequence[int] | None = None
 
 
 @dataclass
@@ -86,12 +89,20 @@ def seeded(cls: type, **config: Any) -> nn.Module:
 
 
 def change(inputs: dict[str, Any], name: str, index: Any) -> dict[str, Any]:
-    """`inputs` with 3 added to some numbers of one argument, a tensor or a list of tensors."""
-    value = inputs[name]
-    if isinstance(value, torch.Tensor):
-        value = value.clone()
-        value[index] += 3
-    else:
-        value = [item.clone() for item in value]
-        value[index[0]][index[1:]] += 3
+    """`inputs` with 3 added to some numbers of one argument: a tensor, or lists of tensors whose index comes first."""
+    value = item = copy.deepcopy(inputs[name])
+    while isinstance(item, list):
+        item, index = item[index[0]], index[1:]
+    item[index] += 3
     return {**inputs, name: value}
+
+
+def output_of(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+    output = model(**inputs)
+    output = output[0] if isinstance(output, tuple) else output
+    return torch.cat([item.flatten() for item in output]) if isinstance(output, list) else output
+
+
+def assert_near(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 2e-6) -> None:
+    assert actual.isfinite().all()
+    torch.testing.assert_close(actual, expected, atol=tolerance * max(1.0, expected.abs().max().item()), rtol=0)

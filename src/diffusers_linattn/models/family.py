@@ -27,12 +27,22 @@ class ForwardArguments(dict[str, Any]):
         super().__init__(arguments)
         self._memo: Memo = {} if memo is None else memo
 
+    def __missing__(self, name: str) -> Any:
+        raise ValueError(
+            f"The transformer was called without {name}, which its token grid is read from: pass it as the pipeline "
+            "does."
+        )
+
     def read_once(self, name: str, read: Callable[[torch.Tensor], Any]) -> Any:
         """`read(self[name])`, kept for as long as the model is called with this very tensor, unchanged.
 
-        Reading the values of a tensor waits for the device; pipelines pass the same object at every step.
+        Reading the values of a tensor waits for the device; pipelines pass the same object at every step. What is
+        written through `.data` or memory shared with NumPy does not count as a change. `read` is one function for each
+        name, and its result may depend on nothing but the tensor.
         """
         tensor = self[name]
+        if tensor is None:
+            self.__missing__(name)
         if tensor.is_inference():  # these do not count their changes
             return read(tensor)
         version = tensor._version
@@ -46,6 +56,10 @@ class ForwardArguments(dict[str, Any]):
         return result
 
 
+def _as_in_layers(model: Any) -> Mapping[str, str]:  # not a lambda: trackers are pickled with their family
+    return {}
+
+
 @dataclass(frozen=True)
 class Family:
     """One kind of transformer.
@@ -55,11 +69,13 @@ class Family:
             one for each sample where samples differ; or a dict of such by scope. Without an entry of its own the scope
             `"image"` is the image segments of `"joint"`.
         layers: Name patterns of the attention layers that convert, and the scope that each attends over. In a layer of
-            the scope `"queries"` all tokens of `"joint"` are keys, but only those that are not text are queries.
+            the scope `"queries"` all tokens of `"joint"` are keys, but only those that are not text are queries. What
+            a layout calls memory is never a query.
         order: The token order at the attention call, in words.
         about: One line for the table in `docs/models.md`.
         left: Name patterns of the other attention layers, and why they stay as they are.
         shared: Forward arguments that have no batch dimension.
+        scopes: Layers of one model, by name, whose scope is another than their pattern in `layers` says.
     """
 
     layout: Callable[[Any, ForwardArguments], Layouts | Mapping[str, Layouts]]
@@ -68,6 +84,7 @@ class Family:
     about: str
     left: Mapping[str, str] = field(default_factory=dict)
     shared: tuple[str, ...] = ()
+    scopes: Callable[[Any], Mapping[str, str]] = _as_in_layers
 
 
 CROSS = "cross-attention: its cost is linear in the image already"

@@ -29,30 +29,42 @@ def patch_grid(latents: torch.Tensor, patch: int | Sequence[int]) -> Grid:
     return frames, height, width
 
 
+def padded_grid(latents: torch.Tensor, patch: Sequence[int]) -> Grid:
+    """The grid of (batch, channels, frames, height, width) latents that are padded to whole patches."""
+    frames, height, width = (-(-side // size) for side, size in zip(latents.shape[2:], patch, strict=True))
+    return frames, height, width
+
+
 @torch.compiler.disable
-def grids_of_ids(ids: torch.Tensor, first_column: int = 0) -> list[Grid]:
+def grids_of_ids(ids: torch.Tensor) -> list[Grid]:
     """The grids in position ids: one for each run of tokens of one picture.
 
     Args:
-        ids: (tokens, columns) or (batch, tokens, columns); the columns from `first_column` are picture, y and x, in
-            raster order.
-        first_column: Where these three columns begin.
+        ids: (tokens, columns) or (batch, tokens, columns). Columns 1 and 2 are y and x, in raster order and perhaps
+            scaled; the other columns tell one picture from the next.
 
     Raises:
         ValueError: The tokens of a picture are not a grid in raster order.
     """
-    ids = (ids[0] if ids.ndim == 3 else ids)[:, first_column : first_column + 3].cpu()
-    starts = [0, *((ids[1:, 0] != ids[:-1, 0]).nonzero()[:, 0] + 1).tolist()]
+    ids = (ids[0] if ids.ndim == 3 else ids).cpu()
+    pictures = torch.cat([ids[:, :1], ids[:, 3:]], 1)
+    starts = [0, *((pictures[1:] != pictures[:-1]).any(1).nonzero()[:, 0] + 1).tolist()]
     grids = []
     for start, stop in zip(starts, [*starts[1:], len(ids)], strict=True):
-        positions = ids[start:stop, 1:]
+        y, x = ids[start:stop, 1], ids[start:stop, 2]
         # Pipelines make the ids in the dtype of the latents, where whole numbers above 256 may be rounded: a row ends
-        # where y changes or x falls, and the comparison is made in that dtype.
-        ends = (positions[1:, 0] != positions[:-1, 0]) | (positions[1:, 1] < positions[:-1, 1])
-        width = int(ends.nonzero()[0]) + 1 if ends.any() else len(positions)
-        height = len(positions) // width
-        raster = torch.cartesian_prod(torch.arange(height), torch.arange(width)).reshape(-1, 2)
-        if not torch.equal(positions, (raster + positions[0].double()).to(positions.dtype)):
+        # where y changes or x falls, and neighbours may be equal.
+        ends = (y[1:] != y[:-1]) | (x[1:] < x[:-1])
+        width = int(ends.nonzero()[0]) + 1 if ends.any() else len(x)
+        height = len(x) // width
+        rows, columns = y[::width, None], x[None, :width]
+        in_raster_order = (
+            height * width == len(x)
+            and bool((y.view(height, width) == rows).all())
+            and bool((x.view(height, width) == columns).all())
+            and bool((rows[1:] >= rows[:-1]).all())
+        )
+        if not in_raster_order:
             raise ValueError(
                 f"Position ids {start} to {stop} are those of {stop - start} tokens that are not a {height}x{width} "
                 "grid in raster order. Make them as the pipeline of this model does."

@@ -8,14 +8,53 @@ from torch import nn
 
 from diffusers_linattn.models.family import Family
 from diffusers_linattn.models.image import IMAGE_MODELS
+from diffusers_linattn.models.image_shapes import IMAGE_SHAPE_MODELS
+from diffusers_linattn.models.image_streams import IMAGE_STREAM_MODELS
+from diffusers_linattn.models.input_images import INPUT_IMAGE_MODELS
 from diffusers_linattn.models.position_ids import POSITION_ID_MODELS
 from diffusers_linattn.models.video import VIDEO_MODELS
+from diffusers_linattn.models.video_joint import VIDEO_JOINT_MODELS
+from diffusers_linattn.models.video_packed import VIDEO_PACKED_MODELS
 
 
-FAMILIES: dict[str, Family] = {**IMAGE_MODELS, **POSITION_ID_MODELS, **VIDEO_MODELS}
+FAMILIES: dict[str, Family] = {
+    **IMAGE_MODELS,
+    **IMAGE_STREAM_MODELS,
+    **POSITION_ID_MODELS,
+    **IMAGE_SHAPE_MODELS,
+    **INPUT_IMAGE_MODELS,
+    **VIDEO_MODELS,
+    **VIDEO_JOINT_MODELS,
+    **VIDEO_PACKED_MODELS,
+}
 
 # Why a known transformer is not converted.
-REFUSED: dict[str, str] = {}
+REFUSED: dict[str, str] = {
+    "AnyFlowFARTransformer3DModel": (
+        "it attends through FlexAttention under a causal mask of blocks, with a cache of keys, and not through "
+        "scaled_dot_product_attention. AnyFlowTransformer3DModel can be converted."
+    ),
+    "Cosmos3OmniTransformer": (
+        "it packs text, video, sound and actions into one sequence without a batch dimension, at positions that only "
+        "index tensors give, with queries and projections of its own for each."
+    ),
+    "Kandinsky6SRTransformer3DModel": (
+        "it attends through FlexAttention to chosen blocks of 8x8 tokens, and not through "
+        "scaled_dot_product_attention."
+    ),
+    "SanaWMLTX2RefinerTransformer3DModel": (
+        "it refines a video block by block beside a cache of keys, and its arguments hold rotary embeddings but not "
+        "the size of the video."
+    ),
+    "WanAnimate2Transformer3DModel": (
+        "its frames attend through FlexAttention to themselves and to a cache of the reference's keys, and not "
+        "through scaled_dot_product_attention. WanAnimateTransformer3DModel can be converted."
+    ),
+    "SanaTransformer2DModel": "its image self-attention is linear already.",
+    "SanaVideoTransformer3DModel": "its video self-attention is linear already.",
+    "SanaWMTransformer3DModel": "its video layers are gated linear attention already, and no attention processors.",
+    "DreamLiteTransformer2DModel": "it is one block of a UNet, called anew at each of the UNet's resolutions.",
+}
 
 
 def supported_models() -> list[str]:
@@ -45,9 +84,10 @@ def unsupported_message(problem: str, *classes: type) -> str:
         for base in cls.__mro__:
             if base.__name__ in REFUSED:
                 return f"{cls.__name__} cannot be converted: {REFUSED[base.__name__]}"
-    scores = [(difflib.SequenceMatcher(None, cls.__name__, name).ratio(), name) for cls in classes for name in FAMILIES]
-    closest = f" The closest is {max(scores)[1]}." if scores else ""
+    pairs = [(cls.__name__, name) for cls in classes for name in FAMILIES]
+    closest = max(pairs, key=lambda pair: difflib.SequenceMatcher(None, *pair).ratio(), default=None)
+    hint = f" The closest is {closest[1]}." if closest else ""
     return (
-        f"{problem}{closest} Supported: {', '.join(supported_models())}. A new model is one function and one row of a "
+        f"{problem}{hint} Supported: {', '.join(supported_models())}. A new model is one function and one row of a "
         "table: see docs/adding_a_model.md."
     )

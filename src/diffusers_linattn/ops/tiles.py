@@ -1,12 +1,13 @@
 """How a grid of queries is cut into tiles, and which keys each tile needs. Integers and small masks, no attention.
 
-A row of tiles is cut into blocks of neighbours whose keys lie at the same relative positions, so that one mask and one
+The tiles are put into blocks of neighbours whose keys lie at the same relative positions, so that one mask and one
 batched call serve them all. Letters: B batch, H heads, N tokens, D head_dim, Q queries of a tile, K its keys.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -23,43 +24,59 @@ TILE = 8
 
 @dataclass(frozen=True)
 class Box:
-    """Tokens of one grid: some frames, rows and columns. In the next tile the columns lie `step` further."""
+    """Tokens of one grid: some frames, rows and columns. In the next tiles rows and columns lie `steps` further."""
 
     grid: Segment
     frames: slice
     rows: slice
-    left: int
-    width: int
-    step: int
+    columns: slice
+    steps: tuple[int, int]
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        return (self.frames.stop - self.frames.start, self.rows.stop - self.rows.start, self.width)
+        frames, rows, columns = (part.stop - part.start for part in (self.frames, self.rows, self.columns))
+        return (frames, rows, columns)
 
     @property
     def size(self) -> int:
         frames, rows, columns = self.shape
         return frames * rows * columns
 
-    def of(self, x: torch.Tensor, count: int) -> torch.Tensor:
-        """This box of `x` (B, H, N, D) in each of `count` tiles: (count, B, H, frames, rows, columns, D), a view."""
+    def of(self, x: torch.Tensor, tiles: tuple[int, int]) -> torch.Tensor:
+        """This box of `x` (B, H, N, D) in some rows and columns of tiles, a view.
+
+        Its dimensions are (tile rows, tile columns, B, H, frames, rows, columns, D).
+        """
         grid = x[:, :, self.grid.start : self.grid.stop].unflatten(2, self.grid.grid)
-        right = self.left + self.width + (count - 1) * self.step
-        area = grid[:, :, self.frames, self.rows, self.left : right]
-        return area.unfold(4, self.width, self.step).permute(4, 0, 1, 2, 3, 6, 5)
+        (down, right), (_, height, width) = self.steps, self.shape
+        rows = slice(self.rows.start, self.rows.stop + (tiles[0] - 1) * down)
+        columns = slice(self.columns.start, self.columns.stop + (tiles[1] - 1) * right)
+        area = grid[:, :, self.frames, rows, columns]
+        return area.unfold(3, height, down).unfold(4, width, right).permute(3, 4, 0, 1, 2, 6, 7, 5)
+
+    def shift(self, down: int, right: int) -> Box:
+        """This box as seen from a tile so many tiles further down and to the right."""
+        down, right = down * self.steps[0], right * self.steps[1]
+        rows = slice(self.rows.start + down, self.rows.stop + down)
+        columns = slice(self.columns.start + right, self.columns.stop + right)
+        return replace(self, rows=rows, columns=columns)
 
 
 @dataclass(frozen=True)
 class Block:
-    """`count` neighbouring tiles with one mask: their queries, and their keys in each grid of the layout.
+    """Rows and columns of `tiles` with one mask: their queries, and their keys in each grid of the layout.
 
     `distances` holds, for each box of keys, the squared distances of the queries along y (tile rows, box rows) and x.
     """
 
-    count: int
+    tiles: tuple[int, int]
     queries: Box
     keys: tuple[Box, ...]
     distances: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+
+    @property
+    def count(self) -> int:
+        return self.tiles[0] * self.tiles[1]
 
     @property
     def num_keys(self) -> int:
@@ -67,13 +84,17 @@ class Block:
 
     def split(self, count: int) -> Iterator[Block]:
         """The same tiles in blocks of at most `count`."""
-        for first in range(0, self.count, count):
-            boxes = [replace(box, left=box.left + first * box.step) for box in (self.queries, *self.keys)]
-            yield Block(min(count, self.count - first), boxes[0], tuple(boxes[1:]), self.distances)
+        width = min(count, self.tiles[1])
+        height = count // width
+        for y in range(0, self.tiles[0], height):
+            for x in range(0, self.tiles[1], width):
+                tiles = (min(height, self.tiles[0] - y), min(width, self.tiles[1] - x))
+                boxes = [box.shift(y, x) for box in (self.queries, *self.keys)]
+                yield Block(tiles, boxes[0], tuple(boxes[1:]), self.distances)
 
-    def bias(self, window: int, num_text: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """The additive mask (Q, num_text + K): 0 inside the disc and for text, -inf outside."""
-        parts = [torch.ones(self.queries.size, num_text, dtype=torch.bool)]
+    def bias(self, window: int, num_shared: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """The additive mask (Q, num_shared + K): 0 inside the disc and for shared keys, -inf outside."""
+        parts = [torch.ones(self.queries.size, num_shared, dtype=torch.bool)]
         for box, (dy, dx) in zip(self.keys, self.distances, strict=True):
             # (tile rows, tile columns, box rows, box columns)
             disc = dy[:, None, :, None] + dx[:, None, :] < window**2
@@ -103,12 +124,12 @@ def _spans(num_queries: int, num_keys: int, window: int) -> list[Span]:
     return spans
 
 
-def _runs(columns: list[list[Span]]) -> Iterator[range]:
-    """Ranges of neighbouring tiles whose distances agree in every grid; `columns` holds the spans of each grid."""
-    num_tiles, start = len(columns[0]), 0
+def _runs(axis: list[list[Span]]) -> Iterator[list[list[Span]]]:
+    """Cut the spans of each grid along one axis into runs of neighbours whose distances agree in every grid."""
+    num_tiles, start = len(axis[0]), 0
     for i in range(1, num_tiles + 1):
-        if i == num_tiles or not all(torch.equal(spans[start].distances, spans[i].distances) for spans in columns):
-            yield range(start, i)
+        if i == num_tiles or not all(torch.equal(spans[start].distances, spans[i].distances) for spans in axis):
+            yield [spans[start:i] for spans in axis]
             start = i
 
 
@@ -122,11 +143,9 @@ def plan_tiles(layout: TokenLayout, window: int, temporal_window: int | None) ->
         sizes = [other.grid for other in layout.grids if other.grid is not None]
         rows = [_spans(height, size[1], window) for size in sizes]
         columns = [_spans(width, size[2], window) for size in sizes]
-        runs = list(_runs(columns))
-        for y in range(len(rows[0])):
-            for run in runs:
-                for t in range(frames):
-                    blocks.append(_block(layout, grid, t, temporal_window, [spans[y] for spans in rows], columns, run))
+        for some_rows, some_columns in itertools.product(_runs(rows), _runs(columns)):
+            for frame in range(frames):
+                blocks.append(_block(layout, grid, frame, temporal_window, some_rows, some_columns))
     return tuple(blocks)
 
 
@@ -135,22 +154,18 @@ def _block(
     grid: Segment,
     frame: int,
     temporal_window: int | None,
-    rows: list[Span],
+    rows: list[list[Span]],
     columns: list[list[Span]],
-    run: range,
 ) -> Block:
-    first = columns[0][run[0]].queries
-    width = first.stop - first.start
     keys = []
-    for other, row, spans in zip(layout.grids, rows, columns, strict=True):
+    for other, down, right in zip(layout.grids, rows, columns, strict=True):
         assert other.grid is not None
         frames = slice(0, other.grid[0])
         if temporal_window is not None and other == grid:
             frames = slice(max(0, frame - temporal_window + 1), min(other.grid[0], frame + temporal_window))
-        cols = spans[run[0]].keys
         # Equal distances in equally spaced tiles: the boxes are equally spaced, too.
-        step = spans[run[1]].keys.start - cols.start if len(run) > 1 else 1
-        keys.append(Box(other, frames, row.keys, cols.start, cols.stop - cols.start, step))
-    queries = Box(grid, slice(frame, frame + 1), rows[0].queries, first.start, width, width)
-    distances = tuple((row.distances, spans[run[0]].distances) for row, spans in zip(rows, columns, strict=True))
-    return Block(len(run), queries, tuple(keys), distances)
+        steps = [spans[1].keys.start - spans[0].keys.start if len(spans) > 1 else 1 for spans in (down, right)]
+        keys.append(Box(other, frames, down[0].keys, right[0].keys, (steps[0], steps[1])))
+    queries = Box(grid, slice(frame, frame + 1), rows[0][0].queries, columns[0][0].queries, (TILE, TILE))
+    distances = tuple((down[0].distances, right[0].distances) for down, right in zip(rows, columns, strict=True))
+    return Block((len(rows[0]), len(columns[0])), queries, tuple(keys), distances)

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
+from diffusers.hooks.layer_skip import AttentionScoreSkipFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
-from diffusers_linattn.layout import TokenLayout
+from diffusers_linattn.layout import Segment, TokenLayout
 
 
 @dataclass
@@ -70,13 +71,13 @@ class AnswerAttention(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            return self._answer(*args, **kwargs)
+            return self.answer(*args, **kwargs)
         if func is torch.Tensor.unflatten:
             # Tensor.unflatten is Python that calls super(), which Dynamo cannot trace under a mode (torch 2.13).
             return torch.unflatten(*args, **kwargs)
         return func(*args, **kwargs)
 
-    def _answer(
+    def answer(
         self,
         query: torch.Tensor,
         key: torch.Tensor,
@@ -87,6 +88,7 @@ class AnswerAttention(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> torch.Tensor:
+        """Answer an attention call with the arguments of `scaled_dot_product_attention`, or let it pass."""
         layouts, hidden_states = self.layouts, self.hidden_states
         if len(query) < len(hidden_states):
             # A model with a call for each sample, which leaves out the padding.
@@ -94,23 +96,38 @@ class AnswerAttention(TorchFunctionMode):
             hidden_states = hidden_states[sample : sample + len(query)]
             layouts = layouts if len(layouts) == 1 else layouts[sample : sample + len(query)]
         length = max(layout.length for layout in layouts) if layouts else -1
-        queries = _num_queries(layouts[0]) if self.scope == "queries" else length
-        if query.shape[2] != queries or key.shape[2] != length or dropout_p or is_causal:
+        asking = _asking(layouts[0], self.scope) if len(layouts) == 1 else ()
+        queries = sum(segment.length for segment in asking) if asking else length
+        of_other_samples = len(layouts) not in (1, len(query))
+        if of_other_samples or query.shape[2] != queries or key.shape[2] != length or dropout_p or is_causal:
             self.passed.append((query.shape[2], key.shape[2]))
             return F.scaled_dot_product_attention(
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )
         self.answered.append(True)
+        outer = None if torch.compiler.is_compiling() else _get_current_function_mode()
+        if isinstance(outer, AttentionScoreSkipFunctionMode):
+            # A guider wants the values of this layer in place of its attention: its mode answers.
+            return F.scaled_dot_product_attention(query, key, value)
         device = query.device.type
         if torch.is_autocast_enabled(device):  # what autocast does to the call that is answered here
             dtype = torch.get_autocast_dtype(device)
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-        call = AttentionCall(query, key, value, layouts[0], attn_mask, scale, enable_gqa, hidden_states)
+        mask = None if attn_mask is None else _without_repeats(attn_mask)
+        call = AttentionCall(query, key, value, layouts[0], mask, scale, enable_gqa, hidden_states)
         if len(layouts) > 1:
             return _attend_by_sample(self.attend, call, layouts)
-        if self.scope == "queries":
-            return _attend_image_queries(self.attend, call)
+        if queries < length:
+            return _attend_some_queries(self.attend, call, asking)
         return self.attend(call).to(query.dtype)
+
+
+def _without_repeats(mask: torch.Tensor) -> torch.Tensor:
+    """What a mask was before `expand` over samples, heads or queries, as in Lumina-Next: operators would copy it."""
+    for dim in range(mask.ndim - 1):
+        if mask.shape[dim] > 1 and mask.stride(dim) == 0:
+            mask = mask.narrow(dim, 0, 1)
+    return mask
 
 
 def _attend_by_sample(attend: Attend, call: AttentionCall, layouts: tuple[TokenLayout, ...]) -> torch.Tensor:
@@ -130,22 +147,37 @@ def _attend_by_sample(attend: Attend, call: AttentionCall, layouts: tuple[TokenL
     return output
 
 
-def _attend_image_queries(attend: Attend, call: AttentionCall) -> torch.Tensor:
-    """Answer a call whose queries are the image alone: the text gets queries of 0, whose answers are dropped."""
+def _asking(layout: TokenLayout, scope: str) -> tuple[Segment, ...]:
+    """The segments whose tokens are queries."""
+    silent = ("text", "memory") if scope == "queries" else ("memory",)
+    return tuple(segment for segment in layout.segments if segment.kind not in silent)
+
+
+def _attend_some_queries(attend: Attend, call: AttentionCall, asking: tuple[Segment, ...]) -> torch.Tensor:
+    """Answer a call whose queries are some segments alone: the others get queries of 0, whose answers are dropped."""
+    query = _spread(call.query, call.layout, asking, 2)
+    hidden_states = call.hidden_states
+    if any(segment.kind == "memory" for segment in call.layout.segments):
+        # The layer's input has the memory in it only when it is made; the image always ends it.
+        images = tuple(segment for segment in asking if segment.kind == "image")
+        length = sum(segment.length for segment in images)
+        hidden_states = _spread(hidden_states[:, hidden_states.shape[1] - length :], call.layout, images, 1)
+    attended = attend(replace(call, query=query, hidden_states=hidden_states)).to(call.query.dtype)
+    return torch.cat([attended[:, :, segment.start : segment.stop] for segment in asking], 2)
+
+
+def _spread(tokens: torch.Tensor, layout: TokenLayout, given: tuple[Segment, ...], dim: int) -> torch.Tensor:
+    """The tokens of the `given` segments at their places in the layout, with 0 everywhere else."""
     parts, start = [], 0
-    for segment in call.layout.segments:
-        if segment.kind == "text":
-            parts.append(call.query.new_zeros(*call.query.shape[:2], segment.length, call.query.shape[3]))
-        else:
-            parts.append(call.query[:, :, start : start + segment.length])
+    for segment in layout.segments:
+        if segment in given:
+            parts.append(tokens.narrow(dim, start, segment.length))
             start += segment.length
-    attended = attend(replace(call, query=torch.cat(parts, 2))).to(call.query.dtype)
-    kept = [attended[:, :, s.start : s.stop] for s in call.layout.segments if s.kind != "text"]
-    return torch.cat(kept, 2)
-
-
-def _num_queries(layout: TokenLayout) -> int:
-    return sum(segment.length for segment in layout.segments if segment.kind != "text")
+        else:
+            shape = list(tokens.shape)
+            shape[dim] = segment.length
+            parts.append(tokens.new_zeros(shape))
+    return torch.cat(parts, dim)
 
 
 def alike(layouts: tuple[TokenLayout, ...]) -> list[tuple[list[int], TokenLayout]]:

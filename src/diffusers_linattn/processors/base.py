@@ -9,13 +9,17 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
+from diffusers.hooks._helpers import AttentionProcessorRegistry
 from diffusers.models.attention_dispatch import AttentionBackendName
+from diffusers.models.modeling_utils import get_parameter_dtype
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from diffusers_linattn.layout import TokenLayout
 from diffusers_linattn.ops.checks import check_choice
 from diffusers_linattn.processors.attention_call import AnswerAttention, AttentionCall, alike
-from diffusers_linattn.tracker import LayoutTracker
+from diffusers_linattn.processors.stock_call import attention_only, call_stock
+from diffusers_linattn.tracker import CONTEXT_PARALLELISM, LayoutTracker
 
 
 # Set by diffusers on every processor (`set_attention_backend`, `enable_parallelism`): they move with the place.
@@ -45,14 +49,17 @@ class BaseProcessor(nn.Module):
     impls: tuple[str, ...] = ()
     argument_names: tuple[str, ...] = ()
     plain_class: type[Any]
+    # How its weights came about, for those who save them: {"recipe": ..., "metrics": ...}.
+    provenance: dict[str, Any] | None = None
     stock: Any
-    _stock_call: Callable[..., Any]
+    _stock_kind: Any
+    _attention_only: Callable[..., Any] | None = None
 
     def __init_subclass__(cls) -> None:
         cls.plain_class = vars(cls).get("plain_class", cls)
 
     def __init__(self, *, reset_projections: bool, impl: str | None) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # not super(): the class of an installed processor may have a stock class as a base
         if not isinstance(reset_projections, bool):
             raise ValueError(f"reset_projections must be True or False, got {reset_projections!r}.")
         check_choice("impl", impl, (None, *self.impls))
@@ -63,6 +70,7 @@ class BaseProcessor(nn.Module):
         self.tracker: LayoutTracker | None = None
         self.scope = "joint"
         self.original_weights: dict[str, torch.Tensor] = {}
+        self.fused_loras: frozenset[tuple[str, str]] = frozenset()
 
     def to_config(self) -> dict[str, Any]:
         """The constructor arguments, JSON-able; `type(processor).from_config` takes them back."""
@@ -88,13 +96,23 @@ class BaseProcessor(nn.Module):
         # The class of an installed processor is made at run time, so that pickle cannot find it by name.
         if type(self) is self.plain_class:
             return super().__reduce_ex__(protocol)
-        return _new_signed, (self.plain_class, self._stock_call), self.__dict__
+        return _new_signed, (self.plain_class, self._stock_kind), self.__dict__
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.to_config().items())
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.extra_repr()})"
+
+    @property
+    def scale(self) -> Any:
+        """The strength of the IP-Adapter in the stock processor, which pipelines set on the layer's processor."""
+        return self.original.scale
+
+    @scale.setter
+    def scale(self, value: Any) -> None:
+        for held in (self.original, self.stock):
+            held.scale = value
 
     @property
     def is_template(self) -> bool:
@@ -130,17 +148,12 @@ class BaseProcessor(nn.Module):
 
         It is not installed yet: that also takes a place in the layer and the model's tracker.
         """
-        stock_call = original if inspect.isfunction(original) else type(original).__call__
-        processor = _signed_class(self.plain_class, stock_call).from_config(self.to_config())
-        weight = next(
-            (p for p in attn.parameters() if p.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)),
-            torch.empty(0),
-        )
-        # Seeded by layer, so that converting neither reads nor moves the user's random state.
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-            torch.manual_seed(index)
+        stock_kind = original if inspect.isfunction(original) else type(original)
+        processor = _signed_class(self.plain_class, stock_kind).from_config(self.to_config())
+        weight = _weight_like_those_of(attn)
+        with torch.device("cpu"), RandomInit(seed=index):
             processor.build(*attention_size(attn), index=index)
-        if weight.is_meta:
+        if weight.is_meta and processor.own_parameters():
             if any(hasattr(module, "_hf_hook") for module in attn.modules()):
                 raise ValueError(
                     "the model is offloaded weight by weight, and weights that are added now would not be: convert it "
@@ -165,31 +178,47 @@ class BaseProcessor(nn.Module):
                 "pipe.set_attn_processor(processor), which install a copy in each layer."
             )
         if self._parallel_config is not None:
-            raise NotImplementedError(
-                "Context parallelism splits the sequence, which windows and scans over the token grid cannot see "
-                "across yet. Disable it, or restore(model) the original attention first."
-            )
+            raise NotImplementedError(CONTEXT_PARALLELISM)
         layouts = self.tracker.layouts_of(self.scope)
         names = self.argument_names
         arguments = {**dict(zip(names, args, strict=False)), **kwargs}
         hidden_states = arguments["hidden_states"]
+        behind = _grid_tokens_behind(arguments, layouts)
+        if behind is not None:
+            hidden_states = torch.cat([hidden_states, behind], 1)
         if self.changes_input:
             hidden_states = self._prepare(hidden_states, layouts)
             arguments["hidden_states"] = hidden_states
+            if behind is not None:
+                sizes = [hidden_states.shape[1] - behind.shape[1], behind.shape[1]]
+                arguments["hidden_states"], arguments["encoder_hidden_states"] = hidden_states.split(sizes, 1)
         extra = args[len(names) :]
         passed: list[tuple[int, int]] = []
         answered: list[bool] = []
-        with AnswerAttention(self.attend, self.scope, layouts, hidden_states, answered, passed):
-            # Arguments beyond the named ones are only possible behind a *args, and then all must stay positional.
-            output = self.stock(attn, *args, **kwargs) if extra else self.stock(attn, **arguments)
-        if not answered:
+        # Arguments beyond the named ones are only possible behind a *args, and then all must stay positional.
+        positional, named = (args, kwargs) if extra else ((), arguments)
+        mode = AnswerAttention(self.attend, self.scope, layouts, hidden_states, answered, passed)
+        if self._attention_only is None or torch.compiler.is_compiling():
+            with mode:
+                output = self.stock(attn, *positional, **named)
+        else:
+            bound = () if inspect.isfunction(self.stock) else (self.stock,)
+            output = call_stock(self._attention_only, mode, *bound, attn, *positional, **named)
+        # `all_perturbed` is spatio-temporal guidance in LTX-2: this pass of the layer has no attention.
+        if not answered and not arguments.get("all_perturbed"):
             expected = " or ".join(f"{layout.length} query and key tokens ({layout})" for layout in layouts)
             raise ValueError(
-                f"The tokens do not match the layout: {type(self).__name__} expected {expected}, but the layer attended over {passed}. restore(model) gives the original attention back."
+                f"The tokens do not match the layout: {type(self).__name__} expected {expected}, but the layer "
+                f"attended over {passed}. restore(model) gives the original attention back."
             )
         return output
 
     def _prepare(self, hidden_states: torch.Tensor, layouts: tuple[TokenLayout, ...]) -> torch.Tensor:
+        if any(segment.kind == "memory" for segment in layouts[0].segments):
+            raise ValueError(
+                f"{type(self).__name__} was asked to change the input of a layer that keeps references in a cache: "
+                "the input has them at the first step only. Use input_conv=False, or the pipeline without the cache."
+            )
         if len(layouts) == 1:
             return self.prepare(hidden_states, layouts[0])
         prepared = hidden_states.clone()
@@ -199,10 +228,23 @@ class BaseProcessor(nn.Module):
 
     def keep_original_weights(self, attn: nn.Module, names: Iterable[str]) -> None:
         """Keep a copy of weights of the layer before they change, for `restore`. Kept once; later calls add names."""
+        self.check_fused_loras(attn)
         weights = self.weights_of(attn)
         for name in names:
+            if not self.original_weights:
+                self.fused_loras = fused_loras(attn)
             if name not in self.original_weights and not weights[name].is_meta:
                 self.original_weights[name] = weights[name].detach().clone()
+
+    def check_fused_loras(self, attn: nn.Module) -> None:
+        """Raise if LoRAs were fused into the layer, or taken out again, since its original weights were kept."""
+        fused = fused_loras(attn)
+        if self.original_weights and fused != self.fused_loras:
+            now, then = (", ".join(sorted({lora for _, lora in at})) or "none" for at in (fused, self.fused_loras))
+            raise ValueError(
+                "The LoRAs fused into this layer are not those from when its original weights were kept: "
+                f"{now} instead of {then}. Call unfuse_lora(), or fuse_lora() with the same ones, first."
+            )
 
     @staticmethod
     def weights_of(attn: nn.Module) -> dict[str, nn.Parameter]:
@@ -224,13 +266,14 @@ class BaseProcessor(nn.Module):
         return self
 
 
-def _make_signed_class(cls: type[BaseProcessor], stock_call: Callable[..., Any]) -> Any:
-    """`cls` with the call signature of a stock processor.
+def _make_signed_class(cls: type[BaseProcessor], stock_kind: Any) -> Any:
+    """`cls` with the call signature of a stock processor: of a class of them, or of a plain function.
 
     Attention classes of diffusers pass on only those arguments whose names stand in the signature of
     `processor.__call__`. It has to be a class, shared by all layers with that stock processor: with a signature on
     each instance, `torch.compile` would compile every block anew.
     """
+    stock_call = stock_kind if inspect.isfunction(stock_kind) else stock_kind.__call__
     parameters = list(inspect.signature(stock_call).parameters.values())
     if next(iter(parameters)).name != "self":  # a plain function
         parameters.insert(0, inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD))
@@ -241,23 +284,70 @@ def _make_signed_class(cls: type[BaseProcessor], stock_call: Callable[..., Any])
     __call__.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     named = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     names = tuple(p.name for p in parameters if p.kind in named)[2:]  # without self and attn
+    only = attention_only(stock_call)
     body = {
         "__call__": __call__,
         "__doc__": cls.__doc__,
         "__module__": cls.__module__,
         "argument_names": names,
         "plain_class": cls,
-        "_stock_call": staticmethod(stock_call),
+        "_stock_kind": staticmethod(stock_kind) if inspect.isfunction(stock_kind) else stock_kind,
+        "_attention_only": staticmethod(only) if only is not None else None,
     }
-    return type(cls.__name__, (cls,), body)
+    # Pipelines find the processors of an IP-Adapter, which are modules, with isinstance.
+    has_weights = isinstance(stock_kind, type) and issubclass(stock_kind, nn.Module)
+    signed = type(cls.__name__, (cls, stock_kind) if has_weights else (cls,), body)
+    try:
+        # How diffusers skips this attention layer in its guiders depends on the stock processor alone.
+        AttentionProcessorRegistry.register(signed, AttentionProcessorRegistry.get(stock_kind))
+    except ValueError:
+        pass  # the stock processor cannot be skipped either
+    return signed
 
 
-_signed_class: Callable[[Any, Callable[..., Any]], Any] = functools.cache(_make_signed_class)
+_signed_class: Callable[[Any, Any], Any] = functools.cache(_make_signed_class)
 
 
-def _new_signed(cls: type[BaseProcessor], stock_call: Callable[..., Any]) -> BaseProcessor:
-    signed = _signed_class(cls, stock_call)
+def _new_signed(cls: type[BaseProcessor], stock_kind: Any) -> BaseProcessor:
+    signed = _signed_class(cls, stock_kind)
     return signed.__new__(signed)
+
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _weight_like_those_of(attn: nn.Module) -> torch.Tensor:
+    """A weight with the device and dtype that new weights of a layer have to have."""
+    weights = list(attn.parameters())
+    weight = next((weight for weight in weights if weight.dtype in _DTYPES), None)
+    if weight is not None:
+        return weight
+    # All are stored in another form: layerwise casting says what it computes in, other quantization does not.
+    dtype = get_parameter_dtype(attn) if weights else torch.float32
+    return torch.empty(0, device=weights[0].device if weights else None, dtype=dtype if dtype in _DTYPES else None)
+
+
+def fused_loras(attn: nn.Module) -> frozenset[tuple[str, str]]:
+    """The LoRAs that are fused into the weights of a layer, as (module, LoRA) names."""
+    loras = ((name, getattr(module, "merged_adapters", None) or ()) for name, module in attn.named_modules())
+    return frozenset((name, lora) for name, merged in loras for lora in merged)
+
+
+class RandomInit(TorchFunctionMode):
+    """Initial values come from a generator of their own: they neither read nor move the global random state, which
+    belongs to the user and to all threads."""
+
+    def __init__(self, seed: int):
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if "generator" in kwargs or getattr(func, "__name__", None) in ("uniform_", "normal_", "rand", "randn"):
+            kwargs["generator"] = self.generator
+        return func(*args, **kwargs)
 
 
 def query_projection(attn: Any) -> Any:
@@ -281,9 +371,21 @@ def attention_size(attn: Any) -> tuple[int, int, int]:
     return heads, head_dim, projection.in_features
 
 
+def _grid_tokens_behind(arguments: dict[str, Any], layouts: tuple[TokenLayout, ...]) -> torch.Tensor | None:
+    """`encoder_hidden_states` if they are grid tokens as well, as in the decoder of Motif-Video, and not text."""
+    states = arguments.get("encoder_hidden_states")
+    if not isinstance(states, torch.Tensor) or layouts[0].num_text or len(layouts[0].grids) < 2:
+        return None
+    length = arguments["hidden_states"].shape[1] + states.shape[1]
+    return states if length == layouts[0].length else None
+
+
 def _with_native_attention(processor: Any) -> Any:
-    """A shallow copy of a stock processor that always makes the call we answer, whatever the active backend is."""
-    if isinstance(processor, nn.Module) or not hasattr(processor, "_attention_backend"):
+    """A shallow copy of a stock processor that always makes the call we answer, whatever the active backend is.
+
+    The copy of a module shares its weights and submodules, also when they move or are replaced.
+    """
+    if not hasattr(processor, "_attention_backend"):
         return processor
     processor = copy.copy(processor)
     processor._attention_backend = AttentionBackendName.NATIVE

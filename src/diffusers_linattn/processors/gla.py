@@ -189,7 +189,8 @@ class GridConvolution(nn.Module):
 
 def spread_over(values: torch.Tensor, layout: TokenLayout, fill: float) -> torch.Tensor:
     """Per-token values of the layer's input over the whole layout, with `fill` at tokens without a grid."""
-    has_text = input_segments(values, layout) is layout.segments
+    input_segments(values, layout)  # checks the length
+    has_text = values.shape[1] == layout.length
     parts, start = [], 0
     for segment in layout.segments:
         if segment.grid is None:

@@ -1,0 +1,193 @@
+"""Low-rank matrices beside the projections of converted layers: saved, loaded and taken away through peft.
+
+peft is imported only for a model that has such matrices, or gets them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+
+logger = logging.getLogger(__name__)
+
+# The name in peft under which matrices are loaded. `restore` takes those of this name away, and no others.
+LORA_NAME = "linear_attention"
+# What `add_adapter` calls a new LoRA; those that `load_lora_weights` brings have other names.
+TRAINED_NAME = "default"
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The matrices added to one projection: W + scale * B @ A, A with `rank` rows."""
+
+    rank: int
+    scale: float
+
+
+def lora_to_save(model: nn.Module, converted: Sequence[nn.Module]) -> str | None:
+    """The name of the LoRA that is part of the conversion, `None` if there is none.
+
+    It is the one named [`LORA_NAME`]; without that, the one that `add_adapter` makes to be trained, if it lies in
+    converted layers only. Others were loaded, and are shared as what they are.
+
+    Args:
+        model: The transformer.
+        converted: Its converted attention modules.
+
+    Raises:
+        ValueError: It is merged into the weights.
+    """
+    modules = [module for attn in converted for module in _wrapped(attn).values()]
+    inside = {name for module in modules for name in module.lora_A}
+    if not inside:
+        return None
+    places = {id(module) for module in modules}
+    outside = {name for module in _wrapped(model).values() if id(module) not in places for name in module.lora_A}
+    name = next((name for name in (LORA_NAME, TRAINED_NAME) if name in inside), None)
+    if name == TRAINED_NAME and name in outside:
+        name = None
+    for other in sorted(inside - {name}):
+        logger.warning("The LoRA %s is not part of what is saved: share it with save_lora_weights.", other)
+    if name is not None and any(name in module.merged_adapters for module in modules):
+        raise ValueError(f"The LoRA {name} is merged into the weights: call unfuse_lora() first.")
+    return name
+
+
+def describe_lora(attn: nn.Module, name: str | None) -> dict[str, LowRank]:
+    """Rank and scale of each low-rank pair of a layer, by the module it is added to.
+
+    Raises:
+        ValueError: Something other than plain low-rank matrices beside a linear projection, such as DoRA.
+    """
+    found = {}
+    for place, module in _wrapped(attn).items():
+        if name not in module.lora_A:
+            continue
+        plain = isinstance(module.lora_A[name], nn.Linear) and module.lora_B[name].bias is None
+        if not plain or name in getattr(module, "lora_variant", {}):
+            raise ValueError(f"{place}: only plain LoRA on linear projections can be saved, no DoRA and no bias.")
+        found[place] = LowRank(module.lora_A[name].out_features, float(module.scaling[name]))
+    return found
+
+
+def lora_shapes(attn: nn.Module, lora: Mapping[str, LowRank]) -> dict[str, tuple[int, int]]:
+    """The shapes that the matrices will have, under the names of [`lora_tensors`].
+
+    Raises:
+        ValueError: The layer has no such linear projection.
+    """
+    shapes = {}
+    for place, low_rank in lora.items():
+        try:
+            module: Any = attn.get_submodule(place)
+        except AttributeError:
+            module = None
+        module = getattr(module, "base_layer", module)
+        if not hasattr(module, "in_features") or place.startswith("processor."):
+            raise ValueError(f"there is no linear projection {place} for a LoRA.")
+        shapes[f"{place}.lora_A.weight"] = (low_rank.rank, int(module.in_features))
+        shapes[f"{place}.lora_B.weight"] = (int(module.out_features), low_rank.rank)
+    return shapes
+
+
+def lora_tensors(attn: nn.Module, name: str | None) -> dict[str, nn.Parameter]:
+    """The matrices of a layer as peft names them in files: `<module>.lora_A.weight` and `<module>.lora_B.weight`."""
+    return {
+        f"{place}.{side}.weight": getattr(module, side)[name].weight
+        for place, module in _wrapped(attn).items()
+        if name in module.lora_A
+        for side in ("lora_A", "lora_B")
+    }
+
+
+def add_lora(model: Any, lora: Mapping[str, LowRank]) -> None:
+    """Put low-rank matrices of the name [`LORA_NAME`] beside projections, active beside those that are active already.
+
+    Args:
+        model: The transformer.
+        lora: By full module name.
+
+    Raises:
+        ValueError: peft is not installed, or the name is taken.
+    """
+    if not lora:
+        return
+    if LORA_NAME in getattr(model, "peft_config", {}):
+        raise ValueError(
+            f'The model has a LoRA named "{LORA_NAME}" outside its converted layers, and this name is needed: '
+            f'delete_adapters("{LORA_NAME}") or load that LoRA under another name.'
+        )
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise ValueError("These weights hold a LoRA, which needs peft: pip install peft.") from error
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    active = {id(module): list(module.active_adapters) for module in _wrapped(model).values()}
+    ranks = {place: low_rank.rank for place, low_rank in lora.items()}
+    config = LoraConfig(r=max(ranks.values()), rank_pattern=ranks, target_modules=list(lora))
+    inject_adapter_in_model(config, model, LORA_NAME)
+    model._hf_peft_config_loaded = True
+    for place, module in _wrapped(model).items():
+        names = active.get(id(module), [])
+        if place in lora:
+            module.scaling[LORA_NAME] = lora[place].scale
+            names = [*names, LORA_NAME]
+        module.set_adapter(names)
+    # peft freezes everything else and thaws what it activates.
+    for parameter in model.parameters():
+        parameter.requires_grad_(flags.get(parameter, False))
+
+
+def remove_lora(model: Any, attn: nn.Module) -> None:
+    """Take what [`add_lora`] added out of one layer, and its name out of the model with the last of it."""
+    if LORA_NAME not in getattr(model, "peft_config", {}):
+        return
+    for place, module in _wrapped(attn).items():
+        if LORA_NAME not in module.lora_A:
+            continue
+        if LORA_NAME in module.merged_adapters:
+            module.unmerge()
+        module.delete_adapter(LORA_NAME)
+        if not module.lora_A:
+            parent, _, child = place.rpartition(".")
+            setattr(attn.get_submodule(parent), child, module.base_layer)
+    if not any(LORA_NAME in module.lora_A for module in _wrapped(model).values()):
+        del model.peft_config[LORA_NAME]
+        if not model.peft_config:
+            del model.peft_config
+            model._hf_peft_config_loaded = False
+
+
+@contextmanager
+def lora_switched_off(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Within this context the layers run without the matrices of [`LORA_NAME`]."""
+    switched = []
+    for attn in layers:
+        for module in _wrapped(attn).values():
+            if LORA_NAME in module.active_adapters:
+                switched.append((module, list(module.active_adapters)))
+    flags = [(p, p.requires_grad) for module, _ in switched for p in module.parameters()]
+    try:
+        for module, names in switched:
+            module.set_adapter([name for name in names if name != LORA_NAME])
+        yield
+    finally:
+        for module, names in switched:
+            module.set_adapter(names)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def _wrapped(module: nn.Module) -> dict[str, Any]:
+    """The submodules that peft has wrapped for LoRA, by name; told by their attributes, so as not to import peft."""
+    return {
+        name.replace(".base_layer", ""): part
+        for name, part in module.named_modules()
+        if hasattr(part, "lora_A") and hasattr(part, "base_layer")
+    }
