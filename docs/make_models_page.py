@@ -45,9 +45,10 @@ def section(name: str, family: Family) -> str:
     lines += [
         "",
         "```python",
-        "linearize(pipe.transformer, {",
+        "windows = {",
         *arguments,
-        "})",
+        "}",
+        "linearize(pipe.transformer, windows)",
         "print(status(pipe.transformer))",
         "```",
     ]
