@@ -17,8 +17,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from diffusers_linattn.files import write_atomically, write_json
-from diffusers_linattn.linearize import PROJECTIONS, Layer, layers_of, original_attention
+from diffusers_linattn.linearize import Layer, layers_of, original_attention
 from diffusers_linattn.lora import lora_to_save
+from diffusers_linattn.models.projections import PROJECTIONS
 from diffusers_linattn.samples import Batch, Samples, single_transformer_of
 from diffusers_linattn.weights import save_linear_attention
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from diffusers_linattn.lora import lora_switched_off, remove_lora
 from diffusers_linattn.models import Family, find_family, unsupported_message
+from diffusers_linattn.models.projections import PROJECTIONS
 from diffusers_linattn.offloading import check_offloading, offload_again
 from diffusers_linattn.processors.base import HOST_ATTRIBUTES, BaseProcessor, RandomInit
 from diffusers_linattn.tracker import check_not_parallel, find_tracker, install_tracker, remove_tracker
@@ -20,14 +21,6 @@ from diffusers_linattn.tracker import check_not_parallel, find_tracker, install_
 
 PipelineOrModel = TypeVar("PipelineOrModel")
 Layers = str | int | Callable[[str], bool] | Iterable[str | int]
-
-# What `reset_projections` starts afresh, and what distillation trains besides a processor's own weights: the query,
-# key, value and output projections of the image (in single-stream layers of all tokens) by the names in diffusers.
-PROJECTIONS = (
-    *("to_q", "to_k", "to_v", "to_out.0", "to_out"),
-    *("to_query", "to_key", "to_value", "out_layer"),
-    *("img_attn_qkv", "img_attn_proj", "img_qkv_proj", "to_qkv_mlp_proj"),
-)
 
 
 @dataclass(frozen=True)
@@ -211,7 +204,7 @@ def _build(layer: Layer, template: BaseProcessor | None) -> BaseProcessor | None
             )
         for name in PROJECTIONS:
             projection = _submodule(layer.attn, name)
-            # to_out, whose first module is a projection of its own; in Lumina-Next it is another layer's.
+            # A list, to_out, holds a projection of its own; an identity leaves the projection to another module.
             if isinstance(projection, nn.ModuleList | nn.Identity):
                 continue
             if projection is None:

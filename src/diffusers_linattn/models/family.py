@@ -17,6 +17,9 @@ Layouts = TokenLayout | Sequence[TokenLayout]
 # Pipelines alternate between conditional and unconditional arguments: what was read of this many tensors is kept.
 _KEPT = 4
 
+# A segment as [`TokenLayout.of`] takes it: its kind, and a number of tokens or a grid.
+Part = tuple[str, int | Sequence[int]]
+
 Memo = dict[str, list[tuple[torch.Tensor, int, Any]]]
 
 
@@ -75,6 +78,7 @@ class Family:
         about: One line for the table in `docs/models.md`.
         left: Name patterns of the other attention layers, and why they stay as they are.
         shared: Forward arguments that have no batch dimension.
+        skipping: Arguments of attention layers that, when true, leave out their attention, as guidance does.
         scopes: Layers of one model, by name, whose scope is another than their pattern in `layers` says.
     """
 
@@ -84,8 +88,11 @@ class Family:
     about: str
     left: Mapping[str, str] = field(default_factory=dict)
     shared: tuple[str, ...] = ()
+    skipping: tuple[str, ...] = ()
     scopes: Callable[[Any], Mapping[str, str]] = _as_in_layers
 
 
 CROSS = "cross-attention: its cost is linear in the image already"
 TEXT = "attends over text alone"
+
+DOUBLE_AND_SINGLE = {"transformer_blocks.*.attn": "joint", "single_transformer_blocks.*.attn": "joint"}

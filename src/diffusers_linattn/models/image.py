@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from diffusers_linattn.layout import TokenLayout
-from diffusers_linattn.models.family import CROSS, TEXT, Family, ForwardArguments
+from diffusers_linattn.models.family import CROSS, DOUBLE_AND_SINGLE, TEXT, Family, ForwardArguments
 from diffusers_linattn.models.grids import lengths_of_mask, patch_grid, text_length
 
 
@@ -142,7 +142,7 @@ IMAGE_MODELS: dict[str, Family] = {
     ),
     "HunyuanImageTransformer2DModel": Family(
         _hunyuan_image,
-        {"transformer_blocks.*.attn": "joint", "single_transformer_blocks.*.attn": "joint"},
+        DOUBLE_AND_SINGLE,
         order="image, text (ByT5 and MLLM)",
         about="HunyuanImage 2.1",
         left={"context_embedder.token_refiner.refiner_blocks.*.attn": TEXT},

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from diffusers_linattn.layout import TokenLayout
-from diffusers_linattn.models.family import Family, ForwardArguments
+from diffusers_linattn.models.family import Family, ForwardArguments, Part
 from diffusers_linattn.models.grids import Grid, text_length
 
 
@@ -44,7 +44,7 @@ _TOKENS_PER_SLOT = 4
 def _qwen_image21(model: Any, arguments: ForwardArguments) -> TokenLayout:
     _refuse_flex(model)
     slots = arguments.read_once("img_mask", _first_row)
-    parts: list[tuple[str, int | Grid]] = []
+    parts: list[Part] = []
     at = 0
     shapes = _shapes(arguments)
     for i, grid in enumerate(shapes):

@@ -8,11 +8,8 @@ from typing import Any
 import torch
 
 from diffusers_linattn.layout import TokenLayout
-from diffusers_linattn.models.family import TEXT, Family, ForwardArguments
+from diffusers_linattn.models.family import TEXT, Family, ForwardArguments, Part
 from diffusers_linattn.models.grids import Grid, patch_grid, text_length
-
-
-Part = tuple[str, int | Sequence[int]]
 
 
 def _glm_image(model: Any, arguments: ForwardArguments) -> TokenLayout:
@@ -83,7 +80,7 @@ def _joy_image_edit_plus(model: Any, arguments: ForwardArguments) -> list[TokenL
     return layouts
 
 
-_MULTIPLE = 32  # Z-Image pads each text and each picture to a multiple of this, and attends to the padding
+_Z_IMAGE_MULTIPLE = 32  # Z-Image pads each text and each picture to a multiple of this, and attends to the padding
 
 
 def _z_image(model: Any, arguments: ForwardArguments) -> dict[str, list[TokenLayout]]:
@@ -109,7 +106,7 @@ def _z_image_omni(pictures: Sequence[torch.Tensor | None], patch: Grid) -> list[
     for i, latents in enumerate(pictures):
         kind = "image" if i == len(pictures) - 1 else "reference"
         if latents is None:
-            parts.append(("padding", _MULTIPLE))
+            parts.append(("padding", _Z_IMAGE_MULTIPLE))
         else:
             parts += _z_image_padded(kind, patch_grid(latents[None], patch))
     return parts
@@ -133,7 +130,7 @@ def _z_image_padded(kind: str, grid: Grid) -> list[Part]:
 
 
 def _round_up(length: int) -> int:
-    return length + -length % _MULTIPLE
+    return length + -length % _Z_IMAGE_MULTIPLE
 
 
 def _padded(kind: str, grid: Grid, length: int) -> list[Part]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from diffusers_linattn.layout import TokenLayout
-from diffusers_linattn.models.family import CROSS, TEXT, Family, ForwardArguments
-from diffusers_linattn.models.grids import Grid, lengths_of_mask, patch_grid
+from diffusers_linattn.models.family import CROSS, TEXT, Family, ForwardArguments, Part
+from diffusers_linattn.models.grids import lengths_of_mask, patch_grid
 
 
 def _omnigen(model: Any, arguments: ForwardArguments) -> TokenLayout:
@@ -20,9 +20,9 @@ def _omnigen(model: Any, arguments: ForwardArguments) -> TokenLayout:
 def _fibo2(model: Any, arguments: ForwardArguments) -> dict[str, TokenLayout]:
     latents = [arguments["hidden_states"], *(arguments.get("context_latents") or [])]
     grid, *references = (patch_grid(picture, model.config.patch_size) for picture in latents)
-    pictures: list[tuple[str, int | Grid]] = [("image", grid), *(("reference", picture) for picture in references)]
+    pictures: list[Part] = [("image", grid), *(("reference", picture) for picture in references)]
     counts = _gist_counts(model.config, arguments)
-    gist: tuple[str, int | Grid] = ("text", max(counts))
+    gist: Part = ("text", max(counts))
     # Padded gist tokens go last, so that the padding ends every row.
     joint = [gist, *pictures] if min(counts) == max(counts) else [*pictures, gist]
     return {"joint": TokenLayout.of(joint), "pictures": TokenLayout.of(pictures)}

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from diffusers_linattn.layout import TokenLayout
-from diffusers_linattn.models.family import TEXT, Family, ForwardArguments, Layouts
+from diffusers_linattn.models.family import DOUBLE_AND_SINGLE, TEXT, Family, ForwardArguments, Layouts, Part
 from diffusers_linattn.models.grids import Grid, grids_of_ids, text_length
 
 
@@ -27,7 +27,7 @@ def _flux2(model: Any, arguments: ForwardArguments) -> TokenLayout:
     grids = arguments.read_once("img_ids", grids_of_ids)
     cache = arguments.get("kv_cache")
     count = arguments.get("num_ref_tokens", 0) if cache is None else cache.num_ref_tokens
-    parts: list[tuple[str, int | Grid]] = [("text", text), ("memory", count), ("image", grids[-1])]
+    parts: list[Part] = [("text", text), ("memory", count), ("image", grids[-1])]
     return TokenLayout.of(part for part in parts if part[1])
 
 
@@ -101,12 +101,11 @@ def _most_segments(segment_ids: torch.Tensor) -> int:
     return max(len(set(row) - {-1}) for row in segment_ids.tolist())
 
 
-_DOUBLE_AND_SINGLE = {"transformer_blocks.*.attn": "joint", "single_transformer_blocks.*.attn": "joint"}
 _IDS = ("img_ids", "txt_ids")
 
 
 def _like_flux(about: str) -> Family:
-    return Family(_flux, _DOUBLE_AND_SINGLE, order="text, image, references", about=about, shared=_IDS)
+    return Family(_flux, DOUBLE_AND_SINGLE, order="text, image, references", about=about, shared=_IDS)
 
 
 POSITION_ID_MODELS: dict[str, Family] = {
@@ -118,7 +117,7 @@ POSITION_ID_MODELS: dict[str, Family] = {
     "LongCatImageTransformer2DModel": _like_flux("LongCat-Image, LongCat-Image-Edit (reference image)"),
     "Flux2Transformer2DModel": Family(
         _flux2,
-        _DOUBLE_AND_SINGLE,
+        DOUBLE_AND_SINGLE,
         order="text, image, references; with a KV cache text, references, image",
         about="FLUX.2 dev and Klein, with and without reference images, Klein with a KV cache",
     ),

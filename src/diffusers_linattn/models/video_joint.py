@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from diffusers_linattn.layout import TokenLayout
-from diffusers_linattn.models.family import CROSS, TEXT, Family, ForwardArguments, Layouts
+from diffusers_linattn.models.family import CROSS, DOUBLE_AND_SINGLE, TEXT, Family, ForwardArguments, Layouts
 from diffusers_linattn.models.grids import Grid, lengths_of_mask, padded_grid, patch_grid, text_length
 
 
@@ -70,14 +70,13 @@ def _easyanimate(model: Any, arguments: ForwardArguments) -> TokenLayout:
     return TokenLayout.joint(text=text, grid=grid)
 
 
-_DOUBLE_AND_SINGLE = {"transformer_blocks.*.attn": "joint", "single_transformer_blocks.*.attn": "joint"}
 _ATTN1 = {"transformer_blocks.*.attn1": "joint"}
 _REFINER = {"context_embedder.*": TEXT}
 
 VIDEO_JOINT_MODELS: dict[str, Family] = {
     "HunyuanVideoTransformer3DModel": Family(
         _hunyuan,
-        _DOUBLE_AND_SINGLE,
+        DOUBLE_AND_SINGLE,
         order="video, text",
         about="HunyuanVideo, text or image to video; SkyReels-V1",
         left=_REFINER,
@@ -91,7 +90,7 @@ VIDEO_JOINT_MODELS: dict[str, Family] = {
     ),
     "HunyuanVideoFramepackTransformer3DModel": Family(
         _framepack,
-        _DOUBLE_AND_SINGLE,
+        DOUBLE_AND_SINGLE,
         order="history (4x, 2x, full size), video, text",
         about="HunyuanVideo FramePack",
         left=_REFINER,
@@ -120,7 +119,7 @@ VIDEO_JOINT_MODELS: dict[str, Family] = {
     ),
     "MotifVideoTransformer3DModel": Family(
         _motif,
-        _DOUBLE_AND_SINGLE,
+        DOUBLE_AND_SINGLE,
         order="video, text; in decoder layers video, encoded video",
         about="Motif-Video",
         left={"*.cross_attn": CROSS},

@@ -178,9 +178,10 @@ VIDEO_PACKED_MODELS: dict[str, Family] = {
         left={
             "transformer_blocks.*.attn2": CROSS,
             "transformer_blocks.*.audio_attn1": "attends over sound alone",
-            "transformer_blocks.*.audio_attn2": CROSS,
+            "transformer_blocks.*.audio_attn2": "cross-attention of the sound",
             "transformer_blocks.*_to_*_attn": "between sound and video: its cost is linear in the video already",
         },
+        skipping=("all_perturbed",),  # spatio-temporal guidance
     ),
     "MiniMaxH3Transformer3DModel": Family(
         _minimax_h3,

@@ -16,6 +16,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from diffusers_linattn.layout import TokenLayout
+from diffusers_linattn.models.projections import QUERY_PROJECTIONS
 from diffusers_linattn.ops.checks import check_choice
 from diffusers_linattn.processors.attention_call import AnswerAttention, AttentionCall, alike
 from diffusers_linattn.processors.stock_call import attention_only, call_stock
@@ -24,8 +25,6 @@ from diffusers_linattn.tracker import CONTEXT_PARALLELISM, LayoutTracker
 
 # Set by diffusers on every processor (`set_attention_backend`, `enable_parallelism`): they move with the place.
 HOST_ATTRIBUTES = ("_attention_backend", "_parallel_config")
-
-QUERY_PROJECTIONS = ("to_q", "to_query", "to_qkv", "to_qkv_mlp_proj", "img_attn_qkv", "img_qkv_proj")
 
 Processor = TypeVar("Processor", bound="BaseProcessor")
 
@@ -204,8 +203,7 @@ class BaseProcessor(nn.Module):
         else:
             bound = () if inspect.isfunction(self.stock) else (self.stock,)
             output = call_stock(self._attention_only, mode, *bound, attn, *positional, **named)
-        # `all_perturbed` is spatio-temporal guidance in LTX-2: this pass of the layer has no attention.
-        if not answered and not arguments.get("all_perturbed"):
+        if not answered and not any(arguments.get(name) for name in self.tracker.family.skipping):
             expected = " or ".join(f"{layout.length} query and key tokens ({layout})" for layout in layouts)
             raise ValueError(
                 f"The tokens do not match the layout: {type(self).__name__} expected {expected}, but the layer "
