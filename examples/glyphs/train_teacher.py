@@ -1,12 +1,13 @@
-"""Train the glyph teacher: a small FluxPipeline that draws boards of letters, from nothing, on a CPU or a GPU.
+"""Train a glyph teacher: a small pipeline that draws boards of letters, from nothing, on a CPU or a GPU.
 
     python examples/glyphs/train_teacher.py --output teacher
+    python examples/glyphs/train_teacher.py --output pixart-teacher --form pixart
 
-Three stages: the autoencoder, the latents of every board, and the transformer by flow matching in FLUX's convention.
+Three stages: the autoencoder, the latents of every board, and the transformer, in the form of FLUX or of PixArt-Σ.
 The same command run again keeps the stages that are done and goes on from the last checkpoint of the transformer. The
 pipeline, with the moving average of the weights, is exported every few minutes to `OUTPUT/export`, and at the end in
-half precision to `OUTPUT/pipeline`; `FluxPipeline.from_pretrained` opens both. The learning rate falls to zero at the
-end of `--steps`, or of `--minutes` where given (then the speed of the machine decides the steps).
+half precision to `OUTPUT/pipeline`; `DiffusionPipeline.from_pretrained` opens both. The learning rate falls to zero at
+the end of `--steps`, or of `--minutes` where given (then the speed of the machine decides the steps).
 """
 
 from __future__ import annotations
@@ -20,60 +21,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import flux_form
+import pixart_form
 import torch
 from autoencoder import train_autoencoder
-from boards import LETTERS, all_specs, draw, prompt
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from text import TOKENS, WIDTH, TextEncoders, build_text_encoders
+from boards import all_specs, draw
+from diffusers import AutoencoderKL, DiffusionPipeline
+from text import build_text_encoders
 from torch import nn
 from torch.nn import functional
 from tqdm import tqdm
 
 
-SHIFT = 2.0
+FORMS: dict[str, Any] = {"flux": flux_form, "pixart": pixart_form}
 EMA_DECAY = 0.999
 CHECKPOINT = "training.pt"
 
 
-def build_transformer(latent_channels: int) -> FluxTransformer2DModel:
-    """FLUX in small: two double blocks, six single ones, four heads of 32; zero where training starts from nothing."""
-    transformer = FluxTransformer2DModel(
-        in_channels=4 * latent_channels,
-        num_layers=2,
-        num_single_layers=6,
-        attention_head_dim=32,
-        num_attention_heads=4,
-        joint_attention_dim=WIDTH,
-        pooled_projection_dim=WIDTH,
-        guidance_embeds=False,
-        axes_dims_rope=(8, 12, 12),
-    )
-    # diffusers leaves out the adaLN-zero initialisation: every block starts as the identity.
-    modulations = [block.norm1.linear for block in transformer.transformer_blocks]
-    modulations += [block.norm1_context.linear for block in transformer.transformer_blocks]
-    modulations += [block.norm.linear for block in transformer.single_transformer_blocks]
-    for linear in [*modulations, transformer.norm_out.linear, transformer.proj_out]:
-        nn.init.zeros_(linear.weight)
-        nn.init.zeros_(linear.bias)
-    return transformer
-
-
-def build_pipeline(vae: AutoencoderKL, text: TextEncoders, transformer: FluxTransformer2DModel) -> FluxPipeline:
-    return FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
-        vae=vae,
-        text_encoder=text.clip,
-        tokenizer=text.clip_tokenizer,
-        text_encoder_2=text.t5,
-        tokenizer_2=text.t5_tokenizer,
-        transformer=transformer,
-    )
-
-
 @torch.no_grad()
 def encode_boards(vae: AutoencoderKL, file: Path) -> torch.Tensor:
-    """The packed latents (boards, 256, 16) of every board, from `file` when it is there already."""
+    """The latents (boards, 4, 32, 32) of every board, from `file` when it is there already."""
     if file.exists():
         return torch.load(file, weights_only=True)
     device = next(vae.parameters()).device
@@ -81,10 +50,10 @@ def encode_boards(vae: AutoencoderKL, file: Path) -> torch.Tensor:
     for start in tqdm(range(0, len(specs), 60), desc="latents"):
         images = draw(specs[start : start + 60]).to(device) * 2 - 1
         latents = (vae.encode(images).latent_dist.mode() - vae.config.shift_factor) * vae.config.scaling_factor
-        parts.append(FluxPipeline._pack_latents(latents, *latents.shape).half().cpu())
-    packed = torch.cat(parts)
-    save_atomically(packed, file)
-    return packed
+        parts.append(latents.half().cpu())
+    latents = torch.cat(parts)
+    save_atomically(latents, file)
+    return latents
 
 
 def save_atomically(value: object, file: Path) -> None:
@@ -101,7 +70,7 @@ def _forget_paths(folder: Path) -> None:
             file.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def export(pipeline: FluxPipeline, folder: Path) -> None:
+def export(pipeline: DiffusionPipeline, folder: Path) -> None:
     """Write the pipeline beside `folder` and put it in its place."""
     partial, old = (folder.with_name(folder.name + ending) for ending in (".partial", ".old"))
     for leftover in (partial, old):
@@ -116,61 +85,17 @@ def export(pipeline: FluxPipeline, folder: Path) -> None:
 
 def publish(exported: Path, folder: Path) -> None:
     """Write an exported pipeline again with its two large parts in half precision, which halves the files."""
-    pipeline = FluxPipeline.from_pretrained(exported)
+    pipeline = DiffusionPipeline.from_pretrained(exported)
     pipeline.transformer.half()
     pipeline.vae.half()
     export(pipeline, folder)
 
 
-@dataclass
-class Data:
-    """What a training step draws from: packed latents by board, and text embeddings by letter."""
-
-    latents: torch.Tensor
-    letters: torch.Tensor
-    embeddings: torch.Tensor
-    pooled: torch.Tensor
-    text_ids: torch.Tensor
-    image_ids: torch.Tensor
-
-    @classmethod
-    @torch.no_grad()
-    def prepare(cls, pipeline: FluxPipeline, latents: torch.Tensor) -> Data:
-        prompts = [prompt(letter) for letter in LETTERS]
-        embeddings, pooled, text_ids = pipeline.encode_prompt(prompts, None, max_sequence_length=TOKENS)
-        image_ids = FluxPipeline._prepare_latent_image_ids(1, 16, 16, torch.device("cpu"), torch.float32)
-        letters = torch.tensor([spec.letter for spec in all_specs()])
-        return cls(latents, letters, embeddings.cpu(), pooled.cpu(), text_ids.cpu(), image_ids)
-
-    def batch(self, size: int, generator: torch.Generator, device: torch.device) -> dict[str, torch.Tensor]:
-        """Noisy boards with the arguments of the transformer, and the target."""
-        index = torch.randint(len(self.latents), (size,), generator=generator)
-        clean = self.latents[index].float()
-        noise = torch.randn(clean.shape, generator=generator)
-        sigma = draw_sigmas(size, generator)
-        letters = self.letters[index]
-        tensors = {
-            "hidden_states": torch.lerp(clean, noise, sigma[:, None, None]),
-            "timestep": sigma,
-            "encoder_hidden_states": self.embeddings[letters],
-            "pooled_projections": self.pooled[letters],
-            "txt_ids": self.text_ids,
-            "img_ids": self.image_ids,
-            "target": noise - clean,
-        }
-        return {name: tensor.to(device) for name, tensor in tensors.items()}
-
-
-def draw_sigmas(size: int, generator: torch.Generator) -> torch.Tensor:
-    """Logit-normal noise levels, spread evenly over the quantiles of a batch and shifted as the scheduler shifts."""
-    quantiles = (torch.arange(size) + torch.rand(size, generator=generator)) / size
-    sigma = torch.sigmoid(torch.special.ndtri(quantiles.clamp(1e-5, 1 - 1e-5)) * 1.2)
-    return SHIFT * sigma / (1 + (SHIFT - 1) * sigma)
-
-
 def build_optimizers(model: nn.Module, name: str, rate: float) -> list[torch.optim.Optimizer]:
     """AdamW for all, or Muon for the matrices inside the blocks and AdamW for the rest."""
-    inside = [p for key, p in model.named_parameters() if p.ndim == 2 and "blocks" in key and "norm" not in key]
+    outside = ("norm", "table")  # modulations: rows that are no maps from one space to another
+    matrices = [(key, p) for key, p in model.named_parameters() if p.ndim == 2 and "blocks" in key]
+    inside = [p for key, p in matrices if not any(part in key for part in outside)]
     if name == "adamw":
         return [torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)]
     chosen = {id(p) for p in inside}
@@ -185,8 +110,8 @@ def build_optimizers(model: nn.Module, name: str, rate: float) -> list[torch.opt
 class Run:
     """A training run: the model, its moving average, and how far it is."""
 
-    model: FluxTransformer2DModel
-    average: FluxTransformer2DModel
+    model: nn.Module
+    average: nn.Module
     optimizers: list[torch.optim.Optimizer]
     generator: torch.Generator
     step: int = 0
@@ -228,8 +153,9 @@ class Run:
 
 def start_run(arguments: argparse.Namespace, latent_channels: int, device: torch.device) -> Run:
     torch.manual_seed(arguments.seed)
-    model = build_transformer(latent_channels).to(device)
-    average = build_transformer(latent_channels).to(device).eval().requires_grad_(False)
+    form = FORMS[arguments.form]
+    model = form.build_transformer(latent_channels).to(device)
+    average = form.build_transformer(latent_channels).to(device).eval().requires_grad_(False)
     average.load_state_dict(model.state_dict())
     generator = torch.Generator().manual_seed(arguments.seed)
     run = Run(model, average, build_optimizers(model, arguments.optimizer, arguments.rate), generator)
@@ -256,12 +182,7 @@ def plain_attention(device: torch.device) -> Iterator[None]:
         functional.scaled_dot_product_attention = fused
 
 
-def train_step(run: Run, forward: nn.Module, batch: dict[str, torch.Tensor], rate: float) -> float:
-    device = batch["timestep"].device
-    target = batch.pop("target")
-    with torch.autocast(device.type, torch.bfloat16):
-        predicted = forward(**batch, return_dict=False)[0]
-    loss = functional.mse_loss(predicted.float(), target)
+def train_step(run: Run, loss: torch.Tensor, rate: float) -> float:
     loss.backward()
     nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
     for optimizer in run.optimizers:
@@ -272,7 +193,7 @@ def train_step(run: Run, forward: nn.Module, batch: dict[str, torch.Tensor], rat
     return loss.item()
 
 
-def train_transformer(run: Run, data: Data, arguments: argparse.Namespace, pipeline: FluxPipeline) -> None:
+def train_transformer(run: Run, data: Any, arguments: argparse.Namespace, pipeline: DiffusionPipeline) -> None:
     device = next(run.model.parameters()).device
     forward = torch.compile(run.model) if arguments.compile else run.model
     progress = tqdm(initial=run.step, total=None if arguments.minutes else arguments.steps, desc="transformer")
@@ -282,7 +203,7 @@ def train_transformer(run: Run, data: Data, arguments: argparse.Namespace, pipel
         rate = arguments.rate * min(1.0, (run.step + 1) / 200) * (1 - fraction)
         batch = data.batch(arguments.batch, run.generator, device)
         with plain_attention(device):
-            run.losses.append(train_step(run, forward, batch, rate))
+            run.losses.append(train_step(run, FORMS[arguments.form].loss(forward, batch), rate))
         run.step += 1
         run.update_average()
         run.seconds += time.perf_counter() - started
@@ -304,6 +225,7 @@ def train_transformer(run: Run, data: Data, arguments: argparse.Namespace, pipel
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, required=True, help="folder of checkpoints and of the export")
+    parser.add_argument("--form", choices=FORMS, default="flux", help="the architecture, and what it is trained for")
     parser.add_argument("--steps", type=int, default=5169, help="steps of the transformer")
     parser.add_argument("--minutes", type=float, help="end by the clock instead, after so many minutes")
     parser.add_argument("--vae-steps", type=int, default=2400)
@@ -326,8 +248,9 @@ def main() -> None:
     vae = train_autoencoder(arguments.output / "vae", arguments.vae_steps, arguments.seed, device)
     latents = encode_boards(vae, arguments.output / "latents.pt")
     run = start_run(arguments, vae.config.latent_channels, device)
-    pipeline = build_pipeline(vae, build_text_encoders(arguments.seed), run.average)
-    data = Data.prepare(pipeline, latents)
+    form = FORMS[arguments.form]
+    pipeline = form.build_pipeline(vae, build_text_encoders(arguments.seed), run.average)
+    data = form.Data.prepare(pipeline, latents)
     export(pipeline, arguments.output / "export")
     train_transformer(run, data, arguments, pipeline)
     publish(arguments.output / "export", arguments.output / "pipeline")
