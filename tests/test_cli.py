@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from test_clear_weights import trained
 
 from diffusers_linattn import load_linear_attention, save_linear_attention
-from diffusers_linattn.checkpoint import WEIGHTS_NAME
 from diffusers_linattn.cli import main
-from diffusers_linattn.saved_config import CONFIG_NAME
+from diffusers_linattn.sharing.checkpoint import WEIGHTS_NAME
+from diffusers_linattn.sharing.saved_config import CONFIG_NAME
 
 import tiny
 

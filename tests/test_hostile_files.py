@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from diffusers_linattn import ClearProcessor, linearize, load_linear_attention, save_linear_attention, status
-from diffusers_linattn.checkpoint import WEIGHTS_NAME
 from diffusers_linattn.files import parse_json
-from diffusers_linattn.safetensors_header import Header, parse_header, read_header
-from diffusers_linattn.saved_config import CONFIG_KEY, CONFIG_NAME, SavedConfig, parse_config
+from diffusers_linattn.sharing.checkpoint import WEIGHTS_NAME
+from diffusers_linattn.sharing.safetensors_header import Header, parse_header, read_header
+from diffusers_linattn.sharing.saved_config import CONFIG_KEY, CONFIG_NAME, SavedConfig, parse_config
 
 import tiny
 

@@ -25,11 +25,11 @@ from diffusers_linattn import (
     restore,
     save_linear_attention,
 )
-from diffusers_linattn.checkpoint import WEIGHTS_NAME
 from diffusers_linattn.hub import push_folder
 from diffusers_linattn.linearize import layers_of
-from diffusers_linattn.saved_config import CONFIG_NAME
-from diffusers_linattn.sources import HubError
+from diffusers_linattn.sharing.checkpoint import WEIGHTS_NAME
+from diffusers_linattn.sharing.saved_config import CONFIG_NAME
+from diffusers_linattn.sharing.sources import HubError
 
 import tiny
 

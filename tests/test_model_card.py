@@ -10,8 +10,8 @@ from huggingface_hub import ModelCard
 
 from diffusers_linattn import ClearProcessor, GLAProcessor, LinearProcessor
 from diffusers_linattn.lora import LowRank
-from diffusers_linattn.model_card import gallery_of, is_untouched, license_of, write_card
-from diffusers_linattn.saved_config import SavedConfig, SavedLayer
+from diffusers_linattn.sharing.model_card import gallery_of, is_untouched, license_of, write_card
+from diffusers_linattn.sharing.saved_config import SavedConfig, SavedLayer
 
 
 def config(**changes: Any) -> SavedConfig:

@@ -22,9 +22,9 @@ from diffusers_linattn import (
     save_linear_attention,
     status,
 )
-from diffusers_linattn.checkpoint import WEIGHTS_NAME
 from diffusers_linattn.linearize import layers_of
-from diffusers_linattn.saved_config import CONFIG_KEY, CONFIG_NAME
+from diffusers_linattn.sharing.checkpoint import WEIGHTS_NAME
+from diffusers_linattn.sharing.saved_config import CONFIG_KEY, CONFIG_NAME
 
 import tiny
 
@@ -276,7 +276,7 @@ def test_a_save_that_fails_leaves_the_folder_as_it_was(tmp_path: Path, monkeypat
         if len(calls) == 2:
             raise OSError("no space left on device")
 
-    monkeypatch.setattr("diffusers_linattn.checkpoint.save_file", fail)
+    monkeypatch.setattr("diffusers_linattn.sharing.checkpoint.save_file", fail)
     with pytest.raises(OSError, match="no space left"):
         save_linear_attention(model, tmp_path, max_shard_size="2KB")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
@@ -461,7 +461,7 @@ def test_fused_projections_are_made_again(tmp_path: Path) -> None:
 def test_loading_takes_one_tensor_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import weakref
 
-    from diffusers_linattn import checkpoint
+    from diffusers_linattn.sharing import checkpoint
 
     model = train(linearize(tiny.flux(), MIXED), "full")
     save_linear_attention(model, tmp_path)

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 STEPS = 1000
 VARIANCE_WEIGHT = 1e-3  # that of Improved DDPM (arXiv 2102.09672), for a bound in bits per number
+MIN_SNR = 5.0  # above this ratio of signal to noise, timesteps weigh less (arXiv 2303.09556)
 
 
 def build_transformer(latent_channels: int) -> PixArtTransformer2DModel:
@@ -92,6 +93,7 @@ class Data:
             "encoder_hidden_states": self.embeddings[letters],
             "encoder_attention_mask": self.mask[letters],
             "noise": noise,
+            "timestep_weight": (MIN_SNR * (1 - level) / level).clamp(max=1),
             # The factor of the noise in the mean of a step back, and the least and greatest log variance of it.
             "weight": (self.betas / ((1 - kept) * (1 - self.betas)).sqrt())[timestep].float(),
             "least": posterior.log()[timestep].float(),
@@ -101,8 +103,8 @@ class Data:
 
 
 def loss(forward: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The error of the noise, and the variational bound on the variance with the mean held (Improved DDPM)."""
-    noise = batch.pop("noise")
+    """The error of the noise, weighed by timestep, and the bound on the variance with the mean held (Improved DDPM)."""
+    noise, timestep_weight = batch.pop("noise"), batch.pop("timestep_weight")
     weight, least, greatest = (batch.pop(name)[:, None, None, None] for name in ("weight", "least", "greatest"))
     with torch.autocast(noise.device.type, torch.bfloat16):
         output = forward(**batch, added_cond_kwargs={"resolution": None, "aspect_ratio": None}, return_dict=False)[0]
@@ -112,4 +114,4 @@ def loss(forward: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     error = weight * (predicted.detach() - noise)
     # KL(true step back | predicted one), in bits.
     divergence = 0.5 * (log_variance - least - 1 + (least - log_variance).exp() + error**2 * (-log_variance).exp())
-    return functional.mse_loss(predicted, noise) + VARIANCE_WEIGHT * divergence.mean() / 0.6931
+    return (timestep_weight * (predicted - noise) ** 2).mean() + VARIANCE_WEIGHT * divergence.mean() / 0.6931

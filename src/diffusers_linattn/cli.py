@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from diffusers_linattn.hub import download, push_folder
-from diffusers_linattn.summary import summarize
+from diffusers_linattn.sharing.summary import summarize
 from diffusers_linattn.version import __version__
 
 

@@ -17,10 +17,10 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from diffusers_linattn.files import write_atomically, write_json
-from diffusers_linattn.linearize import Layer, layers_of, original_attention
+from diffusers_linattn.linearize import Layer, layers_of, original_attention, single_transformer_of
 from diffusers_linattn.lora import lora_to_save
 from diffusers_linattn.models.projections import PROJECTIONS
-from diffusers_linattn.samples import Batch, Samples, single_transformer_of
+from diffusers_linattn.samples import ONE_TRANSFORMER, Batch, Samples
 from diffusers_linattn.weights import save_linear_attention
 
 
@@ -93,7 +93,7 @@ def distill(
     """
     samples = samples if isinstance(samples, Samples) else Samples(samples)
     output_dir = Path(output_dir)
-    model = single_transformer_of(pipe)
+    model = single_transformer_of(pipe, ONE_TRANSFORMER)
     layers = [layer for layer in layers_of(model) if layer.processor is not None]
     _check(layers, samples, model)
     weights = loss_weights or LossWeights()

@@ -12,11 +12,11 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from diffusers_linattn.checkpoint import Checkpoint, open_checkpoint, variant_of
 from diffusers_linattn.files import write_atomically
-from diffusers_linattn.model_card import OUR_TAG, gallery_of, is_untouched, write_card
-from diffusers_linattn.origin import base_model_of
-from diffusers_linattn.sources import NO_LIMIT, Folder, hub_api, hub_errors, open_source
+from diffusers_linattn.sharing.checkpoint import Checkpoint, open_checkpoint, variant_of
+from diffusers_linattn.sharing.model_card import OUR_TAG, gallery_of, is_untouched, write_card
+from diffusers_linattn.sharing.origin import base_model_of
+from diffusers_linattn.sharing.sources import NO_LIMIT, Folder, hub_api, hub_errors, open_source
 from diffusers_linattn.weights import save_linear_attention
 
 

@@ -78,6 +78,14 @@ def transformers_of(pipe_or_model: Any) -> list[nn.Module]:
     return models
 
 
+def single_transformer_of(pipe_or_model: Any, remedy: str) -> Any:
+    """The one supported transformer of a pipeline; an error that ends in `remedy` if there are more."""
+    models = transformers_of(pipe_or_model)
+    if len(models) > 1:
+        raise ValueError(f"{type(pipe_or_model).__name__} has {len(models)} transformers: {remedy}")
+    return models[0]
+
+
 def layers_of(pipe_or_model: Any) -> list[Layer]:
     """Every attention layer that can be converted, dense or not, in the order of the forward pass."""
     layers = []

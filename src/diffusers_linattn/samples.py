@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from diffusers_linattn.files import read_json, write_atomically, write_json
-from diffusers_linattn.linearize import original_attention, transformers_of
+from diffusers_linattn.linearize import original_attention, single_transformer_of
 from diffusers_linattn.models import find_family
 from diffusers_linattn.ops.checks import check_positive_int
 from diffusers_linattn.tracker import LayoutTracker
@@ -27,6 +27,7 @@ from diffusers_linattn.tracker import LayoutTracker
 MANIFEST_NAME = "manifest.json"
 SAMPLES_PER_SHARD = 64
 FORMAT_VERSION = 1
+ONE_TRANSFORMER = "distillation covers pipelines with one. The attention of all can be swapped with linearize."
 
 
 @dataclass(frozen=True)
@@ -203,7 +204,7 @@ class _Recorder:
     def __init__(self, pipe: Any, settings: dict[str, Any]):
         self.pipe = pipe
         self.settings = settings
-        self.model = single_transformer_of(pipe)
+        self.model = single_transformer_of(pipe, ONE_TRANSFORMER)
         family = find_family(self.model)
         assert family is not None
         self.shared = family.shared
@@ -280,21 +281,6 @@ class _Recorder:
             if isinstance(value, torch.Tensor) and name not in ("hidden_states", "timestep")
         }
         return latents, kept, round(scale, 9)
-
-
-def single_transformer_of(pipe: Any) -> Any:
-    """The supported transformer of a pipeline for distillation.
-
-    Raises:
-        ValueError: There is none, or more than one.
-    """
-    models = transformers_of(pipe)
-    if len(models) > 1:
-        raise ValueError(
-            f"{type(pipe).__name__} has {len(models)} transformers: distillation covers pipelines with one. The "
-            "attention of all can be swapped with linearize."
-        )
-    return models[0]
 
 
 def _read_prompts(prompts: Sequence[str] | str | Path) -> list[str]:

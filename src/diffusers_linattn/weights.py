@@ -11,8 +11,6 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from diffusers_linattn.checkpoint import MAX_OVERHEAD, WEIGHTS_NAME, Checkpoint, open_checkpoint, write_checkpoint
-from diffusers_linattn.clear_layout import read_clear_layout
 from diffusers_linattn.linearize import (
     Layer,
     fuse_again,
@@ -22,15 +20,30 @@ from diffusers_linattn.linearize import (
     plan,
     restore_layer,
     set_processor,
-    transformers_of,
+    single_transformer_of,
 )
 from diffusers_linattn.lora import LORA_NAME, add_lora, describe_lora, lora_shapes, lora_tensors, lora_to_save
 from diffusers_linattn.offloading import check_offloading
-from diffusers_linattn.origin import base_model_of
 from diffusers_linattn.processors import BaseProcessor, ClearProcessor
 from diffusers_linattn.processors.base import fused_loras
-from diffusers_linattn.saved_config import CONFIG_NAME, PROCESSORS, SavedConfig, SavedLayer, check_metrics, kind_of
-from diffusers_linattn.sources import open_source
+from diffusers_linattn.sharing.checkpoint import (
+    MAX_OVERHEAD,
+    WEIGHTS_NAME,
+    Checkpoint,
+    open_checkpoint,
+    write_checkpoint,
+)
+from diffusers_linattn.sharing.clear_layout import read_clear_layout
+from diffusers_linattn.sharing.origin import base_model_of
+from diffusers_linattn.sharing.saved_config import (
+    CONFIG_NAME,
+    PROCESSORS,
+    SavedConfig,
+    SavedLayer,
+    check_metrics,
+    kind_of,
+)
+from diffusers_linattn.sharing.sources import open_source
 from diffusers_linattn.tracker import remove_tracker
 
 
@@ -41,6 +54,7 @@ __all__ = ["CONFIG_NAME", "PROCESSORS", "WEIGHTS_NAME", "load_linear_attention",
 
 # No file is read that is larger than all that could belong to the model: fp64, and as much again for processors.
 BYTES_PER_PARAMETER = 16
+_ONE_AT_A_TIME = "save and load them one at a time, such as save_linear_attention(pipe.transformer, directory)."
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -77,7 +91,7 @@ def save_linear_attention(
     Example:
         >>> save_linear_attention(pipe, "flux-clear-w16")  # doctest: +SKIP
     """
-    model = _single_transformer(pipe_or_model)
+    model = single_transformer_of(pipe_or_model, _ONE_AT_A_TIME)
     converted = [(layer, layer.processor) for layer in layers_of(model) if layer.processor is not None]
     if not converted:
         raise ValueError("No attention layer is converted: linearize(pipe, processor) first.")
@@ -154,7 +168,7 @@ def load_linear_attention(
         >>> load_linear_attention(pipe, "me/flux-clear-w16")  # doctest: +SKIP
         >>> load_linear_attention(pipe, "Huage001/CLEAR", weight_name="clear_local_16.safetensors")  # doctest: +SKIP
     """
-    model = _single_transformer(pipe_or_model)
+    model = single_transformer_of(pipe_or_model, _ONE_AT_A_TIME)
     layers = layers_of(model)
     if processor is not None and (weight_name is None or not isinstance(processor, ClearProcessor)):
         raise ValueError("processor= takes the ClearProcessor of a file of CLEAR: it goes with weight_name=.")
@@ -372,16 +386,6 @@ def _provenance(
         raise ValueError(f"recipe and metrics must be JSON-able: {error}.") from error
     check_metrics(kept["metrics"], "save_linear_attention")
     return kept
-
-
-def _single_transformer(pipe_or_model: Any) -> Any:
-    models = transformers_of(pipe_or_model)
-    if len(models) > 1:
-        raise ValueError(
-            f"{type(pipe_or_model).__name__} has {len(models)} transformers: save and load them one at a time, such "
-            "as save_linear_attention(pipe.transformer, directory)."
-        )
-    return models[0]
 
 
 def _list(names: list[str], most: int = 3) -> str:

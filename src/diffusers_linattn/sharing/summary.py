@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusers_linattn.checkpoint import MAX_INDEX_BYTES, config_in, index_file, read_index, weights_file
-from diffusers_linattn.clear_layout import settings_in_name
 from diffusers_linattn.files import read_json
-from diffusers_linattn.model_card import summarize_layers
-from diffusers_linattn.safetensors_header import Header
-from diffusers_linattn.saved_config import CONFIG_NAME, MAX_CONFIG_BYTES, SavedConfig, SavedLayer, parse_config
-from diffusers_linattn.sources import Source, check_weight_name, open_source
+from diffusers_linattn.sharing.checkpoint import MAX_INDEX_BYTES, config_in, index_file, read_index, weights_file
+from diffusers_linattn.sharing.clear_layout import settings_in_name
+from diffusers_linattn.sharing.model_card import summarize_layers
+from diffusers_linattn.sharing.safetensors_header import Header
+from diffusers_linattn.sharing.saved_config import CONFIG_NAME, MAX_CONFIG_BYTES, SavedConfig, SavedLayer, parse_config
+from diffusers_linattn.sharing.sources import Source, check_weight_name, open_source
 
 
 _OF_CLEAR = "the authors of CLEAR"

@@ -11,8 +11,8 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from diffusers_linattn.origin import is_repo_id
-from diffusers_linattn.saved_config import SavedConfig, SavedLayer, kind_of
+from diffusers_linattn.sharing.origin import is_repo_id
+from diffusers_linattn.sharing.saved_config import SavedConfig, SavedLayer, kind_of
 
 
 # Ours is what `find_linear_attention` asks for. Never `lora` or `controlnet`: the Hub would print snippets for those.

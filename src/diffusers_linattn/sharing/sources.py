@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, validate_repo_id
 
-from diffusers_linattn.safetensors_header import Header, header_length, parse_header, read_header
+from diffusers_linattn.sharing.safetensors_header import Header, header_length, parse_header, read_header
 from diffusers_linattn.version import __version__
 
 

@@ -17,9 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from diffusers_linattn.files import parse_json, read_json, write_json
-from diffusers_linattn.safetensors_header import Header, TensorInfo, read_header
-from diffusers_linattn.saved_config import CONFIG_KEY, CONFIG_NAME, MAX_CONFIG_BYTES, SavedConfig, parse_config
-from diffusers_linattn.sources import Source, check_weight_name
+from diffusers_linattn.sharing.safetensors_header import Header, TensorInfo, read_header
+from diffusers_linattn.sharing.saved_config import CONFIG_KEY, CONFIG_NAME, MAX_CONFIG_BYTES, SavedConfig, parse_config
+from diffusers_linattn.sharing.sources import Source, check_weight_name
 
 
 WEIGHTS_NAME = "linear_attention.safetensors"

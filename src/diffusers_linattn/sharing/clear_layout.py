@@ -7,8 +7,8 @@ from typing import Any
 
 from diffusers_linattn.linearize import Layer
 from diffusers_linattn.processors import ClearProcessor
-from diffusers_linattn.safetensors_header import Header
-from diffusers_linattn.saved_config import SavedConfig, SavedLayer
+from diffusers_linattn.sharing.safetensors_header import Header
+from diffusers_linattn.sharing.saved_config import SavedConfig, SavedLayer
 
 
 SUFFIXES = (".weight", ".bias")

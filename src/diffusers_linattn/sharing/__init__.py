@@ -1,0 +1,1 @@
+"""The files of linear attention: their format, where they come from, what is written about them."""
