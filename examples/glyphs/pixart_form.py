@@ -9,7 +9,6 @@ from boards import LETTERS, all_specs, prompt
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
 from text import TOKENS, WIDTH, TextEncoders
 from torch import nn
-from torch.nn import functional
 
 
 STEPS = 1000
@@ -103,7 +102,7 @@ class Data:
 
 
 def loss(forward: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The error of the noise, weighed by timestep, and the bound on the variance with the mean held (Improved DDPM)."""
+    """The error of the noise, weighed by timestep, and a bound on the variance with the mean held (Improved DDPM)."""
     noise, timestep_weight = batch.pop("noise"), batch.pop("timestep_weight")
     weight, least, greatest = (batch.pop(name)[:, None, None, None] for name in ("weight", "least", "greatest"))
     with torch.autocast(noise.device.type, torch.bfloat16):
