@@ -1,0 +1,1 @@
+"""Training of converted attention layers: what is trained, towards what, and the loop that does it."""

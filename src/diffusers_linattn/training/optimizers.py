@@ -1,0 +1,69 @@
+"""Optimizers and learning-rate schedules by name."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from diffusers.optimization import SchedulerType, get_scheduler
+from torch import nn
+
+from diffusers_linattn.training.config import DistillConfig
+
+
+# Optimizers of other packages: (module, class, name on PyPI).
+OTHER_PACKAGES = {
+    "adamw8bit": ("bitsandbytes.optim", "AdamW8bit", "bitsandbytes"),
+    "prodigy": ("prodigyopt", "Prodigy", "prodigyopt"),
+}
+
+
+def check_optimizer(config: DistillConfig) -> None:
+    """Raise if the optimizer or the schedule of this configuration cannot be made.
+
+    Raises:
+        ValueError: An unknown name, a package that is missing, or arguments that the optimizer does not take.
+    """
+    optimizer = make_optimizer(config, [nn.Parameter(torch.zeros(1))], config.learning_rate)
+    make_schedule(config, optimizer, 1)
+
+
+def make_optimizer(config: DistillConfig, parameters: Iterable[nn.Parameter], learning_rate: float) -> Any:
+    """The optimizer of a configuration. Weight decay is 0 unless `optimizer_arguments` say otherwise."""
+    kind = _optimizer_class(config.optimizer)
+    arguments = {"lr": learning_rate, "weight_decay": 0.0, **config.optimizer_arguments}
+    try:
+        return kind(parameters, **arguments)
+    except TypeError as error:
+        raise ValueError(f"{kind.__name__} does not take these arguments: {error}. Got {sorted(arguments)}.") from error
+
+
+def make_schedule(config: DistillConfig, optimizer: Any, steps: int) -> Any:
+    """The learning-rate schedule of one stage of `steps` optimizer steps."""
+    known = [kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT]
+    if config.lr_scheduler not in known:
+        raise ValueError(f"Unknown lr_scheduler {config.lr_scheduler!r}: expected one of {', '.join(known)}.")
+    return get_scheduler(
+        config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=max(steps, 1)
+    )
+
+
+def _optimizer_class(name: str) -> Any:
+    if name.lower() in OTHER_PACKAGES:
+        module, kind, package = OTHER_PACKAGES[name.lower()]
+        try:
+            return getattr(importlib.import_module(module), kind)
+        except ImportError as error:
+            raise ValueError(f"The optimizer {name} needs {package}: pip install {package}.") from error
+    found = {
+        kind.lower(): getattr(torch.optim, kind)
+        for kind in dir(torch.optim)
+        if isinstance(getattr(torch.optim, kind), type) and issubclass(getattr(torch.optim, kind), torch.optim.Optimizer)
+    }
+    found.pop("optimizer", None)
+    if name.lower() not in found:
+        names = sorted(kind.__name__ for kind in found.values())
+        raise ValueError(f"Unknown optimizer {name!r}: expected one of {', '.join([*names, *OTHER_PACKAGES])}.")
+    return found[name.lower()]

@@ -1,0 +1,148 @@
+"""Which parameters a distillation trains, and the state of the model around it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffusers_linattn.linearize import Layer, is_quantized
+from diffusers_linattn.lora import LORA_NAME, LowRank, add_lora, describe_lora, lora_tensors, remove_lora
+from diffusers_linattn.models.projections import PROJECTIONS
+from diffusers_linattn.processors.base import RandomInit
+from diffusers_linattn.training.config import DistillConfig
+
+
+def check_trainable(model: nn.Module, layers: Sequence[Layer], config: DistillConfig) -> None:
+    """Raise, with the model untouched, if there is nothing that this configuration could train in these layers.
+
+    Raises:
+        ValueError: No converted layer, no weights to train, weights that cannot be trained as asked, or no peft.
+    """
+    if not layers:
+        raise ValueError("No attention layer is converted: linearize(pipe, processor) first.")
+    for layer in layers:
+        if getattr(layer.attn, "fused_projections", False):
+            raise ValueError(
+                f"{layer.name} has fused projections, which would leave the trained to_q, to_k and to_v unused: call "
+                "unfuse_qkv_projections() first."
+            )
+    if config.trainable == "processors" and not any(layer.processor.own_parameters() for layer in layers):  # type: ignore[union-attr]
+        kinds = sorted({type(layer.processor).__name__ for layer in layers})
+        raise ValueError(
+            f"trainable='processors' leaves nothing to train: {', '.join(kinds)} as configured adds no weights. Train "
+            "the projections (trainable='attention') or a LoRA beside them (trainable='lora')."
+        )
+    if config.trainable == "attention":
+        for layer in layers:
+            for name, weight in _projection_weights(layer).items():
+                if is_quantized(weight):
+                    raise ValueError(
+                        f"{layer.name}.{name} is quantized and cannot be trained itself: use trainable='lora', or "
+                        "exclude the attention layers from quantization."
+                    )
+    if config.trainable == "lora":
+        _check_lora(model, layers, config.rank)
+
+
+def _check_lora(model: nn.Module, layers: Sequence[Layer], rank: int) -> None:
+    if not hasattr(model, "add_adapter"):
+        raise ValueError(
+            f"{type(model).__name__} does not take LoRAs in diffusers: use trainable='attention', or 'processors'."
+        )
+    try:
+        import peft  # noqa: F401
+    except ImportError as error:
+        raise ValueError("trainable='lora' needs peft: pip install peft.") from error
+    ranks = {lora.rank for layer in layers for lora in describe_lora(layer.attn, LORA_NAME).values()}
+    if ranks - {rank}:
+        raise ValueError(
+            f"The layers have a LoRA of rank {max(ranks - {rank})} already: give rank={max(ranks - {rank})} to train it "
+            "further, or restore() first."
+        )
+
+
+@contextmanager
+def trained_parameters(
+    model: nn.Module, layers: Sequence[Layer], config: DistillConfig
+) -> Iterator[dict[str, nn.Parameter]]:
+    """Within this context only what is trained requires gradients, in fp32; the dict names it by its full name.
+
+    Afterwards all is as it was but for the trained values, in the model's dtype. If the context is left by an
+    exception, the values are as before too.
+    """
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    was_training = model.training
+    had_lora = {layer.name for layer in layers if describe_lora(layer.attn, LORA_NAME)}
+    if config.trainable == "lora":
+        _add_missing_lora(model, [layer for layer in layers if layer.name not in had_lora], config)
+    model.requires_grad_(False)
+    parameters: dict[str, nn.Parameter] = {}
+    for layer in layers:
+        parameters |= {f"{layer.name}.{name}": p for name, p in _trained_in(layer, config).items()}
+    dtypes = {name: parameter.dtype for name, parameter in parameters.items()}
+    before = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()}
+    failed = True
+    try:
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+            parameter.data = parameter.data.float()
+        model.eval()  # no dropout: the teacher's answer has to be reproducible
+        yield parameters
+        failed = False
+    finally:
+        model.train(was_training)
+        for name, parameter in parameters.items():
+            parameter.grad = None
+            parameter.data = parameter.data.to(dtypes[name])
+            if failed:
+                parameter.data.copy_(before[name])
+        if failed and config.trainable == "lora":
+            for layer in layers:
+                if layer.name not in had_lora:
+                    remove_lora(model, layer.attn)
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+
+
+def _projection_weights(layer: Layer) -> dict[str, nn.Parameter]:
+    assert layer.processor is not None
+    weights = layer.processor.weights_of(layer.attn)
+    return {name: weights[name] for name in weights if name.rsplit(".", 1)[0] in PROJECTIONS}
+
+
+def _trained_in(layer: Layer, config: DistillConfig) -> Mapping[str, nn.Parameter]:
+    """The trained parameters of one layer; the originals of those that `restore` has to give back are kept."""
+    assert layer.processor is not None
+    trained: dict[str, nn.Parameter] = {}
+    if config.trainable == "attention":
+        trained = _projection_weights(layer)
+        layer.processor.keep_original_weights(layer.attn, trained)
+    if config.trainable == "lora":
+        trained = lora_tensors(layer.attn, LORA_NAME)
+    own = layer.processor.own_parameters()
+    return trained | {f"processor.{name}": parameter for name, parameter in own.items()}
+
+
+def _add_missing_lora(model: Any, layers: Sequence[Layer], config: DistillConfig) -> None:
+    places = {}
+    for layer in layers:
+        for name, module in layer.attn.named_modules():
+            linear = name.removesuffix(".base_layer")
+            if linear in PROJECTIONS and isinstance(getattr(module, "base_layer", module), nn.Linear):
+                places[f"{layer.name}.{linear}"] = LowRank(config.rank, 1.0)
+    if not places and layers:
+        raise ValueError(f"{layers[0].name} has no linear projection that a LoRA can stand beside.")
+    with RandomInit(seed=config.seed):
+        add_lora(model, places)
+
+
+def dtype_of(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> torch.dtype:
+    """The model's dtype; trained parameters are in fp32 whatever it is."""
+    ids = {id(parameter) for parameter in trained.values()}
+    floats = (torch.float32, torch.bfloat16, torch.float16)
+    dtypes = (p.dtype for p in model.parameters() if p.dtype in floats and id(p) not in ids)
+    return next(dtypes, torch.float32)
