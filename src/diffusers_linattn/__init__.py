@@ -10,12 +10,14 @@ from diffusers_linattn.processors import ClearProcessor, GLAProcessor, LinearPro
 from diffusers_linattn.samples import make_samples
 from diffusers_linattn.set_attn_processor import install_set_attn_processor
 from diffusers_linattn.status import status
+from diffusers_linattn.training.config import DistillConfig
 from diffusers_linattn.version import __version__
 from diffusers_linattn.weights import load_linear_attention, save_linear_attention
 
 
 __all__ = [
     "ClearProcessor",
+    "DistillConfig",
     "GLAProcessor",
     "LinearProcessor",
     "TokenLayout",

@@ -205,8 +205,8 @@ class Loop:
         found = find_checkpoints(self.directory)
         kept = f"The last good checkpoint is {found[-1]}." if found else "There is no checkpoint yet."
         raise DivergedError(
-            f"The loss is not finite at step {len(self.rows) + 1} ({', '.join(names)}). {kept} Lower the learning rate, "
-            "or look for NaN in the samples; another recipe needs another output_dir."
+            f"The loss is not finite at step {len(self.rows) + 1} ({', '.join(names)}). {kept} Lower the learning "
+            "rate, or look for NaN in the samples; another recipe needs another output_dir."
         )
 
     def _batch(self, number: int, step: int, part: int) -> TrainingBatch:
