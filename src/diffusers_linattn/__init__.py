@@ -1,5 +1,6 @@
 """Linear-cost attention for the diffusion transformers of diffusers: swap, distil, share."""
 
+from diffusers_linattn.choose_layers import choose_layers
 from diffusers_linattn.distill import distill
 from diffusers_linattn.hub import find_linear_attention, push_linear_attention
 from diffusers_linattn.layout import TokenLayout
@@ -22,6 +23,7 @@ __all__ = [
     "LinearProcessor",
     "TokenLayout",
     "__version__",
+    "choose_layers",
     "distill",
     "find_linear_attention",
     "gated_linear_attention",
