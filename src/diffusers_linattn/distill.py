@@ -95,7 +95,8 @@ def distill(
     output_dir = Path(output_dir)
     model = single_transformer_of(pipe, ONE_TRANSFORMER)
     layers = [layer for layer in layers_of(model) if layer.processor is not None]
-    _check(layers, samples, model)
+    _check(layers, model)
+    samples.check_fits(pipe)
     weights = loss_weights or LossWeights()
     settings = {
         "transfer_steps": transfer_steps,
@@ -165,7 +166,10 @@ class _Run:
     def _batch(self, stage: str, step: int) -> Batch:
         # Each step's draws depend on its own number alone, so that a resumed run draws what an unbroken one would.
         key = f"{self.settings['seed']}/{stage}/{step}"
-        batch = self.samples.batch(self.settings["batch_size"], random.Random(key))
+        draw = random.Random(key)
+        groups = self.samples.groups
+        group = draw.choices(groups, [len(group) for group in groups])[0]
+        batch = self.samples.batch(draw.choices(group, k=self.settings["batch_size"]))
         generator = torch.Generator().manual_seed(random.Random(f"{key}/noise").getrandbits(60))
         latents = batch.latents.float()
         sigma = torch.rand(len(latents), generator=generator)
@@ -174,13 +178,9 @@ class _Run:
         spread = sigma.view(-1, *[1] * (latents.ndim - 1))
         noisy = (1 - spread) * latents + spread * noise
         device, dtype = self.model.device, self.dtype
-        arguments = {
-            name: value.to(device, dtype if value.is_floating_point() else None)
-            for name, value in batch.arguments.items()
-        }
         # Flow-matching schedulers count timesteps as 1000 sigma.
-        arguments["timestep"] = (sigma * 1000 * self.samples.timestep_scale).to(device, dtype)
-        return Batch(noisy.to(device, dtype), arguments)
+        self.timestep = (sigma * 1000).to(device, dtype)
+        return Batch(noisy, batch.arguments).to(device, dtype)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -193,7 +193,7 @@ class _Run:
     def predict(self, batch: Batch) -> torch.Tensor:
         """The transformer's prediction for a batch of noisy latents."""
         with self.autocast():
-            return self.model(hidden_states=batch.latents, **batch.arguments, return_dict=False)[0]
+            return self.samples.call.predict(self.model, batch.latents, self.timestep, batch.arguments)
 
     def autocast(self) -> torch.autocast:
         """Autocast to the model's dtype when that is a low one."""
@@ -317,14 +317,9 @@ def _trainable(model: nn.Module, layers: Sequence[Layer]) -> Iterator[dict[str, 
             parameter.requires_grad_(flag)
 
 
-def _check(layers: Sequence[Layer], samples: Samples, model: Any) -> None:
+def _check(layers: Sequence[Layer], model: Any) -> None:
     if not layers:
         raise ValueError("No attention layer is converted: linearize(pipe, processor) first.")
-    if samples.manifest["transformer"] != type(model).__name__:
-        raise ValueError(
-            f"{samples.directory} holds samples of a {samples.manifest['transformer']}, the pipeline has a "
-            f"{type(model).__name__}."
-        )
     lora_to_save(model, [layer.attn for layer in layers])  # whether the result can be saved
     for layer in layers:
         if getattr(layer.attn, "fused_projections", False):
