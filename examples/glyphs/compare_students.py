@@ -157,7 +157,7 @@ class Experiment:
             untrained = self.evaluate(pipe, "untrained", reference=self.reference, other_seed=first)
             if first:
                 self.keep("teacher", untrained.rows["reference"])
-                self.keep("teacher, other seeds", untrained.rows["reference, other seeds"])
+                self.keep("teacher, other seeds", untrained.rows["reference, other seed"])
             trained = train(pipe, student, samples, self.work / "student")
             result = self.evaluate(pipe, name, reference=self.reference)
             result.save(self.work / name)

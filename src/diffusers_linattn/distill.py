@@ -198,10 +198,10 @@ def _check_disk(directory: Path, parameters: Mapping[str, nn.Parameter], config:
 
 
 def _prompt_dropout(model: Any, samples: Samples, config: DistillConfig) -> float:
-    """Only models that are guided by two predictions learn to predict without a prompt."""
-    if not samples.has_null or getattr(model.config, "guidance_embeds", False):
-        return 0.0
-    return config.prompt_dropout
+    """Only models that are guided by two predictions have to predict without a prompt."""
+    guidance = samples.manifest["settings"]["call_arguments"].get("guidance_scale")
+    unguided = getattr(model.config, "guidance_embeds", False) or (guidance is not None and guidance <= 1)
+    return 0.0 if unguided or not samples.has_null else config.prompt_dropout
 
 
 def _last_losses(curves: Curves, steps: int = 100) -> dict[str, float]:

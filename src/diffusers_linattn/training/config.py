@@ -71,7 +71,7 @@ class DistillConfig:
     )
     timestep_sampling: str = _setting("uniform", "how training timesteps are drawn: uniform or logit_normal")
     prompt_dropout: float = _setting(
-        0.1, "share of the samples trained without their prompt; no effect on guidance-distilled models"
+        0.1, "share of the samples trained without their prompt; none if samples were made without guidance"
     )
 
     mixed_precision: str | None = _setting(None, "no, bf16 or fp16; none: the model's own precision")

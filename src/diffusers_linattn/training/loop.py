@@ -124,8 +124,7 @@ class Loop:
         optimizer = make_optimizer(self.config, trained, phase.learning_rate)
         schedule = make_schedule(self.config, optimizer, phase.steps)
         move = self.accelerator.num_processes > 1  # by itself, the model stays where the user has put it
-        stage = self.accelerator.prepare_model(phase.stage, device_placement=move)
-        optimizer = self.accelerator.prepare_optimizer(optimizer, device_placement=move)
+        stage, optimizer = self.accelerator.prepare(phase.stage, optimizer, device_placement=[move, move])
         averages = {} if average is None else dict(zip(phase.parameters, average.shadow_params, strict=True))
         weights = TrainedWeights(self.accelerator, self.parameters, averages)
         try:
