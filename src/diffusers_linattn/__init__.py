@@ -5,8 +5,8 @@ from diffusers_linattn.hub import find_linear_attention, push_linear_attention
 from diffusers_linattn.layout import TokenLayout
 from diffusers_linattn.linearize import linearize, original_attention, restore
 from diffusers_linattn.models import supported_models
-from diffusers_linattn.ops import gated_linear_attention, linear_attention, local_attention
-from diffusers_linattn.processors import ClearProcessor, GLAProcessor, LinearProcessor
+from diffusers_linattn.ops import gated_linear_attention, hybrid_attention, linear_attention, local_attention
+from diffusers_linattn.processors import ClearProcessor, GLAProcessor, HybridProcessor, LinearProcessor
 from diffusers_linattn.samples import make_samples
 from diffusers_linattn.set_attn_processor import install_set_attn_processor
 from diffusers_linattn.status import status
@@ -17,12 +17,14 @@ from diffusers_linattn.weights import load_linear_attention, save_linear_attenti
 __all__ = [
     "ClearProcessor",
     "GLAProcessor",
+    "HybridProcessor",
     "LinearProcessor",
     "TokenLayout",
     "__version__",
     "distill",
     "find_linear_attention",
     "gated_linear_attention",
+    "hybrid_attention",
     "linear_attention",
     "linearize",
     "load_linear_attention",
