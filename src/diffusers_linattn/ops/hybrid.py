@@ -119,7 +119,8 @@ def hybrid_attention(
             far = phi_q @ (_grid_state(phi_k, value, layout, key_mask) * far_weight[:, None, None])
             summed = near + far * null_weight
             output, total = summed[..., :-1], summed[..., -1:]
-            output = output / total.masked_fill(total == 0, 1)
+            nothing = total == 0
+            output = (output / total.masked_fill(nothing, 1)).masked_fill(nothing, 0)
         return _zero_where_all_is_hidden(output, mask).to(value.dtype)
 
 
@@ -175,6 +176,10 @@ def _attend_nearby(
     unit = key.new_full((*key.shape[:2], 1, 1), 1 / scale if scale else 0.0)
     null_key = F.pad(unit, (head_dim, width - head_dim - 1))
     null_value = F.pad(value.new_full((*value.shape[:2], 1, 1), NULL_COUNT), (dim + 1, width - dim - 2))
+    if mask is None and query.device.type == "cpu":
+        # Without a mask "tiled" blends two softmaxes there, which keeps the absolute precision of the null key's
+        # weight but not the relative one.
+        mask = query.new_zeros(1, 1, 1, layout.length)
     out = local_attention(
         F.pad(torch.cat([query, channel], -1), (0, width - head_dim - 1)),
         F.pad(key, (0, width - head_dim)),

@@ -145,7 +145,8 @@ def hybrid_attention(
     peak = scores.amax(-1, keepdim=True).clamp_min(-60)
     total = (scores - peak).exp() + far * (-peak).exp()
     denominator = total.sum(-1, keepdim=True)
-    return total @ value / denominator.masked_fill(denominator == 0, 1)
+    nothing = denominator == 0
+    return (total @ value / denominator.masked_fill(nothing, 1)).masked_fill(nothing, 0)
 
 
 def gated_linear_attention(
