@@ -18,7 +18,7 @@ from diffusers_linattn.ops.local import IMPLS, local_attention
 from diffusers_linattn.ops.masks import KeyMask, reduce_to_key_mask, take
 
 
-# The null key's count is this times its weight: exact, and keeps it and its gradient in the range of fp16.
+# The null key's count is this times its weight, which keeps the gradient of that weight in the range of fp16.
 NULL_COUNT = 64.0
 
 
@@ -166,13 +166,13 @@ def _attend_nearby(
     """
     # One softmax over these keys and a null key, whose score the query chooses through one more channel. Two more
     # columns of the values count the keys and the null key: the three sums come out divided by Σ exp(s) + exp(null),
-    # in range for every score and without scores in memory. The result does not depend on the null key's score; that
-    # of the query with its own key makes it of the order of the others.
+    # in range for every score and without scores in memory. The result does not depend on the null key's score. It is
+    # somewhat less than that of the query with its own key: of the order of the others, and most of the weight theirs.
     head_dim, dim = query.shape[-1], value.shape[-1]
     width = (max(head_dim + 1, dim + 2) + 7) // 8 * 8  # kernels want one width, a multiple of 8
     own = scale * (full_precision(query) * full_precision(key)).sum(-1, keepdim=True).detach()
     # Lower, the weight of the null key would underflow beside ordinary scores; higher, nothing changes.
-    channel = own.clamp(-5 if query.dtype == torch.float16 else -50, 60).to(query.dtype)
+    channel = (own - 4).clamp(-2 if query.dtype == torch.float16 else -50, 60).to(query.dtype)
     unit = key.new_full((*key.shape[:2], 1, 1), 1 / scale if scale else 0.0)
     null_key = F.pad(unit, (head_dim, width - head_dim - 1))
     null_value = F.pad(value.new_full((*value.shape[:2], 1, 1), NULL_COUNT), (dim + 1, width - dim - 2))
