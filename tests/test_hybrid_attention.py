@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_linear_attention import assert_as_accurate, make_inputs, seen_keys, with_gradients
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from diffusers_linattn import (
@@ -30,7 +31,6 @@ from diffusers_linattn.ops.local import IMPLS
 from diffusers_linattn.processors.hybrid import FarWeight
 
 import tiny
-from test_linear_attention import assert_as_accurate, make_inputs, seen_keys, with_gradients
 
 
 LAYOUTS = {

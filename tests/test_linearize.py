@@ -14,7 +14,15 @@ from diffusers import AutoencoderKL, DiffusionPipeline, FluxPipeline
 from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
-from diffusers_linattn import ClearProcessor, GLAProcessor, HybridProcessor, LinearProcessor, linearize, restore, status
+from diffusers_linattn import (
+    ClearProcessor,
+    GLAProcessor,
+    HybridProcessor,
+    LinearProcessor,
+    linearize,
+    restore,
+    status,
+)
 from diffusers_linattn.linearize import layers_of, original_attention
 from diffusers_linattn.processors.base import BaseProcessor
 from diffusers_linattn.tracker import find_tracker
@@ -150,7 +158,9 @@ def test_attributes_that_diffusers_sets_on_processors_move_along() -> None:
         model(**tiny.flux_inputs())
 
 
-@pytest.mark.parametrize("template", [ClearProcessor(2, 2), LinearProcessor(feature_map="hedgehog"), GLAProcessor(), HybridProcessor(2)])
+@pytest.mark.parametrize(
+    "template", [ClearProcessor(2, 2), LinearProcessor(feature_map="hedgehog"), GLAProcessor(), HybridProcessor(2)]
+)
 @torch.no_grad()
 def test_sequential_offload(template: BaseProcessor) -> None:
     from accelerate import cpu_offload

@@ -66,7 +66,8 @@ def hybrid_attention(
 
     Returns:
         (batch, heads, tokens, value_dim) in the value's dtype. The softmax part is computed in that dtype, the linear
-        part and the sum of the two in fp32, or fp64 for fp64, whatever autocast says.
+        part and the sum of the two in fp32, or fp64 for fp64, whatever autocast says. In fp16 the softmax part loses
+        precision where all scores of a query are below about -10.
 
     Raises:
         ValueError: Shapes or dtypes that do not fit each other or the layout, a window below 1, an unknown
@@ -93,10 +94,9 @@ def hybrid_attention(
     of_query, of_key = resolve_feature_map(feature_map)
     key_mask = reduce_to_key_mask(mask, layout, query.dtype)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    disc = {"window": window, "temporal_window": temporal_window}
     if not layout.grids:
         with torch.autocast(query.device.type, enabled=False):
-            return local_attention(query, key, value, layout, **disc, mask=mask, scale=scale, impl=impl)
+            return local_attention(query, key, value, layout, window=window, mask=mask, scale=scale, impl=impl)
 
     phi_q, phi_k = of_query(query), of_key(key)
     far_weight = far_weight.to(phi_q.dtype) * unit_mean_scale(feature_map, phi_q.shape[-1])
@@ -110,12 +110,13 @@ def hybrid_attention(
                 far_weight=far_weight,
                 query_features=lambda _: phi_q,
                 key_features=lambda _: phi_k,
+                window=window,
+                temporal_window=temporal_window,
                 mask=mask,
                 scale=scale,
-                **disc,
             )
         else:
-            near, null_weight = _attend_nearby(query, key, value, layout, mask, scale, impl, **disc)
+            near, null_weight = _attend_nearby(query, key, value, layout, window, temporal_window, mask, scale, impl)
             far = phi_q @ (_grid_state(phi_k, value, layout, key_mask) * far_weight[:, None, None])
             summed = near + far * null_weight
             output, total = summed[..., :-1], summed[..., -1:]
@@ -151,12 +152,11 @@ def _attend_nearby(
     key: torch.Tensor,
     value: torch.Tensor,
     layout: TokenLayout,
+    window: int,
+    temporal_window: int | None,
     mask: torch.Tensor | None,
     scale: float,
     impl: str | None,
-    *,
-    window: int,
-    temporal_window: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The sums of the softmax part and what a weight of 1 is beside them, for all queries.
 
