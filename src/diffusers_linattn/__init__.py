@@ -6,8 +6,8 @@ from diffusers_linattn.hub import find_linear_attention, push_linear_attention
 from diffusers_linattn.layout import TokenLayout
 from diffusers_linattn.linearize import linearize, original_attention, restore
 from diffusers_linattn.models import supported_models
-from diffusers_linattn.ops import gated_linear_attention, linear_attention, local_attention
-from diffusers_linattn.processors import ClearProcessor, GLAProcessor, LinearProcessor
+from diffusers_linattn.ops import gated_linear_attention, hybrid_attention, linear_attention, local_attention
+from diffusers_linattn.processors import ClearProcessor, GLAProcessor, HybridProcessor, LinearProcessor
 from diffusers_linattn.samples import make_samples
 from diffusers_linattn.set_attn_processor import install_set_attn_processor
 from diffusers_linattn.status import status
@@ -20,6 +20,7 @@ __all__ = [
     "ClearProcessor",
     "DistillConfig",
     "GLAProcessor",
+    "HybridProcessor",
     "LinearProcessor",
     "TokenLayout",
     "__version__",
@@ -27,6 +28,7 @@ __all__ = [
     "distill",
     "find_linear_attention",
     "gated_linear_attention",
+    "hybrid_attention",
     "linear_attention",
     "linearize",
     "load_linear_attention",
