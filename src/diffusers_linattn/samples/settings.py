@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import operator
 import random
 from collections.abc import Iterable
@@ -222,6 +223,8 @@ def _check_config(made: dict[str, Any], now: dict[str, Any], what: str) -> None:
 def _public(config: Any) -> dict[str, Any]:
     """A configuration as JSON, without what says where it came from or how it is stored."""
     kept = {k: v for k, v in dict(config).items() if not k.startswith("_") and k != "quantization_config"}
+    # JSON has no infinity, which DPMSolverMultistepScheduler has in its defaults.
+    kept = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in kept.items()}
     return json.loads(json.dumps(kept, default=str))
 
 
