@@ -28,7 +28,7 @@ SOURCE = ROOT / "src" / "diffusers_linattn"
 LAYERS = [
     {"layout", "version"},
     {"kernels"},
-    {"ops", "models", "files", "evaluate", "lora", "offloading"},
+    {"ops", "models", "files", "generation", "evaluate", "lora", "offloading"},
     {"tracker"},
     {"processors"},
     {"linearize"},

@@ -1,0 +1,200 @@
+"""Run any pipeline on prompts and seeds, and catch the latents of its sampling loop."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a scheduler.
+
+    Args:
+        model_output: What the scheduler was given as the model's output.
+        timestep: The scheduler's timestep.
+        sample: `(batch, ...)` latents before the step.
+        result: `(batch, ...)` latents after it.
+    """
+
+    model_output: torch.Tensor
+    timestep: torch.Tensor | float
+    sample: torch.Tensor
+    result: torch.Tensor
+
+
+def generate_latents(
+    pipe: Any, prompts: Sequence[str] | Sequence[int], seeds: Sequence[int], **call_arguments: Any
+) -> torch.Tensor:
+    """Run a pipeline and return its final latents, in the form that its sampling loop gives them.
+
+    The latents are what the scheduler returned last, so that pipelines without a latent output have them as well.
+
+    Args:
+        pipe: Any pipeline that takes prompts or class labels and has a `scheduler`.
+        prompts: One prompt (or class label) per sample.
+        seeds: One seed per sample; each sample has its own generator, on the CPU.
+        call_arguments: For the pipeline's call.
+
+    Returns:
+        `(samples, ...)` latents, in the dtype and on the device of the sampling loop.
+
+    Raises:
+        ValueError: Numbers of prompts and seeds that differ, a pipeline that takes neither prompts nor class labels,
+            that has no scheduler, or whose scheduler was not called with these samples.
+
+    Example:
+        >>> from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel, AutoencoderKL
+        >>> from diffusers_linattn.generation import generate_latents
+        >>> model = DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8,
+        ...     num_layers=1, sample_size=8)
+        >>> pipe = DiTPipeline(model, AutoencoderKL(latent_channels=4), DDIMScheduler())
+        >>> generate_latents(pipe, [3, 7], seeds=[0, 1], num_inference_steps=2).shape
+        torch.Size([2, 4, 8, 8])
+    """
+    # Pictures that nobody asked for are not decoded, where the pipeline can do without.
+    output = {"output_type": "latent"} if "output_type" in call_parameters(pipe) else {}
+    return _generate(pipe, prompts, seeds, {**output, **call_arguments})[0]
+
+
+def generate_images(
+    pipe: Any, prompts: Sequence[str] | Sequence[int], seeds: Sequence[int], **call_arguments: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run a pipeline and return its final latents and its pictures.
+
+    Args:
+        pipe: As in [`generate_latents`], with a VAE.
+        prompts: One prompt (or class label) per sample.
+        seeds: One seed per sample.
+        call_arguments: For the pipeline's call.
+
+    Returns:
+        The latents as [`generate_latents`] returns them, and the pictures in fp32 and in [0, 1]:
+        `(samples, 3, height, width)`, of video pipelines `(samples, frames, 3, height, width)`.
+
+    Raises:
+        ValueError: As [`generate_latents`], or a pipeline that does not return pictures as tensors.
+
+    Example:
+        >>> latents, images = generate_images(pipe, ["a cat"], [0], guidance_scale=3.5)  # doctest: +SKIP
+    """
+    latents, output = _generate(pipe, prompts, seeds, {**call_arguments, "output_type": "pt"})
+    images = output[0]
+    if isinstance(images, list | tuple) and images and all(isinstance(image, torch.Tensor) for image in images):
+        images = torch.stack(list(images))
+    if not isinstance(images, torch.Tensor) or len(images) != len(latents):
+        raise ValueError(
+            f"{type(pipe).__name__} returned a {type(images).__name__} for output_type='pt', expected a tensor with "
+            f"{len(latents)} pictures."
+        )
+    return latents, images.float()
+
+
+def prompt_argument(pipe: Any) -> str:
+    """The name of the argument that takes what a sample is of: `"prompt"`, or `"class_labels"`.
+
+    Raises:
+        ValueError: The pipeline's call takes neither.
+    """
+    names = call_parameters(pipe)
+    for name in ("prompt", "class_labels"):
+        if name in names:
+            return name
+    raise ValueError(
+        f"{type(pipe).__name__} takes neither prompt nor class_labels: expected a pipeline that makes pictures or "
+        "videos from prompts or classes."
+    )
+
+
+def call_parameters(pipe: Any) -> dict[str, inspect.Parameter]:
+    """The parameters of a pipeline's call, by name."""
+    if not callable(pipe):
+        raise ValueError(f"Expected a diffusers pipeline, got a {type(pipe).__name__}.")
+    return dict(inspect.signature(pipe.__call__).parameters)
+
+
+def call_pipeline(
+    pipe: Any, prompts: Sequence[str] | Sequence[int], seeds: Sequence[int], call_arguments: dict[str, Any]
+) -> Any:
+    """Call a pipeline for these prompts, a generator for each; its own progress bar is silent meanwhile."""
+    if len(prompts) != len(seeds) or not prompts:
+        raise ValueError(f"Got {len(prompts)} prompts and {len(seeds)} seeds, expected one seed per prompt.")
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    arguments = {prompt_argument(pipe): list(prompts), "generator": generators, **call_arguments}
+    with _silent(pipe):
+        return pipe(**arguments)
+
+
+@contextmanager
+def caught_steps(pipe: Any, catch: Callable[[Step], None]) -> Iterator[None]:
+    """Within this context every step of the pipeline's scheduler is shown to `catch`.
+
+    Raises:
+        ValueError: The pipeline has no scheduler.
+    """
+    scheduler = getattr(pipe, "scheduler", None)
+    original = getattr(type(scheduler), "step", None)
+    if scheduler is None or original is None:
+        raise ValueError(f"{type(pipe).__name__} has no scheduler with steps, which its latents are read from.")
+    signature = inspect.signature(original)
+    before = vars(scheduler).get("step")
+
+    @functools.wraps(original)  # pipelines look at the signature
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self is not scheduler:
+            return original(self, *args, **kwargs)
+        output = original(self, *args, **kwargs) if before is None else before(*args, **kwargs)
+        given = signature.bind(self, *args, **kwargs).arguments
+        catch(Step(given["model_output"], given["timestep"], given["sample"], output[0]))
+        return output
+
+    # A method, not a function: in a copy that a pipeline makes of its scheduler it is bound to the copy.
+    scheduler.step = MethodType(step, scheduler)
+    try:
+        yield
+    finally:
+        del scheduler.step
+        if before is not None:
+            scheduler.step = before
+
+
+def _generate(
+    pipe: Any, prompts: Sequence[str] | Sequence[int], seeds: Sequence[int], call_arguments: dict[str, Any]
+) -> tuple[torch.Tensor, Any]:
+    last: list[torch.Tensor] = []
+
+    def keep(step: Step) -> None:
+        last[:] = [step.result]
+
+    with caught_steps(pipe, keep):
+        output = call_pipeline(pipe, prompts, seeds, call_arguments)
+    found = last[0] if last else None
+    # Some pipelines step the conditional and the unconditional half of a doubled batch alike.
+    if found is None or len(found) not in (len(prompts), 2 * len(prompts)):
+        shape = None if found is None else tuple(found.shape)
+        raise ValueError(
+            f"{type(pipe).__name__} made {len(prompts)} samples, its scheduler stepped latents of {shape}: expected "
+            "one row per sample."
+        )
+    return found[: len(prompts)].detach(), output
+
+
+@contextmanager
+def _silent(pipe: Any) -> Iterator[None]:
+    name = "_progress_bar_config"
+    before = vars(pipe).get(name)
+    pipe.set_progress_bar_config(**{**(before or {}), "disable": True})
+    try:
+        yield
+    finally:
+        if before is None:
+            delattr(pipe, name)
+        else:
+            setattr(pipe, name, before)
