@@ -1,6 +1,7 @@
 """Linear-cost attention for the diffusion transformers of diffusers: swap, distil, share."""
 
 from diffusers_linattn.distill import distill
+from diffusers_linattn.evaluate import evaluate
 from diffusers_linattn.hub import find_linear_attention, push_linear_attention
 from diffusers_linattn.layout import TokenLayout
 from diffusers_linattn.linearize import linearize, original_attention, restore
@@ -10,17 +11,20 @@ from diffusers_linattn.processors import ClearProcessor, GLAProcessor, LinearPro
 from diffusers_linattn.samples import make_samples
 from diffusers_linattn.set_attn_processor import install_set_attn_processor
 from diffusers_linattn.status import status
+from diffusers_linattn.training.config import DistillConfig
 from diffusers_linattn.version import __version__
 from diffusers_linattn.weights import load_linear_attention, save_linear_attention
 
 
 __all__ = [
     "ClearProcessor",
+    "DistillConfig",
     "GLAProcessor",
     "LinearProcessor",
     "TokenLayout",
     "__version__",
     "distill",
+    "evaluate",
     "find_linear_attention",
     "gated_linear_attention",
     "linear_attention",
