@@ -48,8 +48,8 @@ def evaluate(
         prompts: Prompts, or a text file with one per line; class labels of class-conditional pipelines.
         reference: `None` is the same pipeline with its original attention; or another pipeline; or the `reference`
             of an earlier evaluation, which is not drawn again.
-        samples: Samples of [`make_samples`] whose prompts and settings are used unless others are given: guidance,
-            steps, the first resolution. The seeds are other ones than those of the samples.
+        samples: Samples of [`make_samples`] whose prompts and settings (guidance, steps, the first resolution) are
+            used as far as no others are given. The seeds are other ones than those of the samples.
         num_images: How many; picture i takes prompt i modulo their number. `None`: one for each prompt, of samples
             at most 64.
         seed: Picture i has a generator of its own, seeded with `seed` + i.

@@ -122,10 +122,10 @@ def plan_request(
         known = read_prompts(prompts, kind)
     _check_prompts(known, kind, type(pipe).__name__)
     count = num_images or len(known)
-    arguments = call_arguments
-    if arguments is None:
-        arguments = {} if source is None else call_of(source)
-        arguments = reference.request.call_arguments if reference and source is None else arguments
+    if reference is not None and source is None and call_arguments is None:
+        arguments = reference.request.call_arguments
+    else:
+        arguments = {**({} if source is None else call_of(source)), **(call_arguments or {})}
     _check_call(arguments, pipe, kind)
     request = Request(
         tuple(known[i % len(known)] for i in range(count)),
