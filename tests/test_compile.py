@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from diffusers_linattn import ClearProcessor, GLAProcessor, LinearProcessor, linearize, restore
+from diffusers_linattn import ClearProcessor, GLAProcessor, HybridProcessor, LinearProcessor, linearize, restore
 
 import tiny
 
@@ -49,7 +49,13 @@ def stock_graphs() -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "template",
-    [ClearProcessor(window=2), ClearProcessor(window=2, down_factor=2), LinearProcessor(), GLAProcessor()],
+    [
+        ClearProcessor(window=2),
+        ClearProcessor(window=2, down_factor=2),
+        LinearProcessor(),
+        GLAProcessor(),
+        HybridProcessor(window=2),
+    ],
     ids=lambda processor: f"{type(processor).__name__}-{getattr(processor, 'down_factor', 1)}",
 )
 def test_repeated_blocks_over_many_sizes(template: Any, stock_graphs: int) -> None:

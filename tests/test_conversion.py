@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from diffusers_linattn import ClearProcessor, GLAProcessor, LinearProcessor, linearize, restore
+from diffusers_linattn import ClearProcessor, GLAProcessor, HybridProcessor, LinearProcessor, linearize, restore
 from diffusers_linattn.linearize import layers_of
 from diffusers_linattn.models.grids import grids_of_ids
 from diffusers_linattn.tracker import find_tracker
@@ -42,6 +42,7 @@ MECHANISMS = {
     "linear hedgehog": LinearProcessor(feature_map="hedgehog"),
     "gla": GLAProcessor(),
     "gla alternate": GLAProcessor(direction="alternate", input_conv=True),
+    "hybrid": HybridProcessor(window=2),
 }
 
 
@@ -300,7 +301,7 @@ def test_inference_mode_reads_changed_ids_again() -> None:
 
 
 @pytest.mark.parametrize("hidden", [float("-inf"), -10_000.0], ids=["-inf", "-10000"])
-@pytest.mark.parametrize("mechanism", ["clear", "clear, pooled", "linear relu", "gla"])
+@pytest.mark.parametrize("mechanism", ["clear", "clear, pooled", "linear relu", "gla", "hybrid"])
 @torch.no_grad()
 def test_hidden_image_tokens_do_not_leak(mechanism: str, hidden: float) -> None:
     model, inputs = case("flux 6x9, text 7")
@@ -308,6 +309,8 @@ def test_hidden_image_tokens_do_not_leak(mechanism: str, hidden: float) -> None:
     for layer in layers_of(model):
         if isinstance(layer.processor, LinearProcessor):
             layer.processor.conv.conv.weight.fill_(0.1)
+        if isinstance(layer.processor, HybridProcessor):
+            layer.processor.far.weight.fill_(0.5)
     # The hidden token's own row may change, so look at the answer of one layer, not at later ones.
     layer = layers_of(model)[0]
     answers = []

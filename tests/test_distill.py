@@ -1,33 +1,44 @@
-"""Samples and distillation on a tiny FLUX pipeline: learns, resumes, gives the original back."""
+"""Distillation of a tiny FLUX pipeline: it learns, stops and goes on exactly, and gives the original back."""
 
 from __future__ import annotations
 
 import copy
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import diffusers
 import pytest
 import torch
+from diffusers import DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from safetensors.torch import load_file
 
 from diffusers_linattn import (
     ClearProcessor,
+    DistillConfig,
+    GLAProcessor,
     LinearProcessor,
     distill,
     linearize,
     load_linear_attention,
     make_samples,
+    original_attention,
     restore,
 )
-from diffusers_linattn import distill as distill_function
 from diffusers_linattn.linearize import layers_of
 from diffusers_linattn.samples import Samples
+from diffusers_linattn.training.loop import DivergedError
+from diffusers_linattn.training.objective import Denoising, draw, objective_of, split_variance
 
 import tiny
 from model_cases import CASES
 
 
+ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = ["a cat", "a dog", "the red cat"]
 CALL: dict[str, Any] = {
     "num_samples": 10,
@@ -36,7 +47,8 @@ CALL: dict[str, Any] = {
     "num_inference_steps": 2,
     "call_arguments": {"max_sequence_length": 8},
 }
-QUICK: dict[str, Any] = {"transfer_steps": 6, "steps": 6, "batch_size": 3, "checkpoint_every": 4}
+QUICK: dict[str, Any] = {"transfer_steps": 6, "steps": 6, "batch_size": 3, "checkpointing_steps": 4}
+WEIGHTS = "linear_attention.safetensors"
 
 
 @pytest.fixture
@@ -44,193 +56,408 @@ def pipe() -> Any:
     return tiny.flux_pipeline(guidance_embeds=True)
 
 
-@pytest.fixture
-def samples(pipe: Any, tmp_path: Path) -> Samples:
-    return make_samples(pipe, PROMPTS, tmp_path / "samples", **CALL)
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory: pytest.TempPathFactory) -> Samples:
+    directory = tmp_path_factory.mktemp("samples") / "flux"
+    return make_samples(tiny.flux_pipeline(guidance_embeds=True), PROMPTS, directory, **CALL)
 
 
-def test_samples_are_the_teachers_final_latents(pipe: Any, samples: Samples, tmp_path: Path) -> None:
-    assert len(samples) == 10
-    assert samples.timestep_scale == pytest.approx(0.001)
-    assert samples.manifest["conditioning"] == ["encoder_hidden_states", "guidance", "pooled_projections"]
-    assert samples.manifest["shared"] == ["img_ids", "txt_ids"]
-    assert len(samples._by_resolution) == 2
-    # The converted pipeline makes the same samples: the original attention makes them.
-    pipe.set_attn_processor(LinearProcessor())
-    again = make_samples(pipe, PROMPTS, tmp_path / "again", **CALL)
-    assert again.manifest == samples.manifest
-    assert isinstance(layers_of(pipe)[0].processor, LinearProcessor)
+def student(template: Any = None) -> Any:
+    template = template or ClearProcessor(window=2, down_factor=2)
+    return linearize(tiny.flux_pipeline(guidance_embeds=True), template)
 
 
-def test_a_sample_depends_on_its_number_not_on_the_batch(pipe: Any, samples: Samples, tmp_path: Path) -> None:
-    other = make_samples(pipe, PROMPTS, tmp_path / "other", **{**CALL, "batch_size": 1})
-    for index in range(10):
-        name = f"latents.{index}"
-        torch.testing.assert_close(samples._read(index, name), other._read(index, name), atol=1e-5, rtol=0)
+def state_of(pipe: Any) -> dict[str, torch.Tensor]:
+    return copy.deepcopy(pipe.transformer.state_dict())
 
 
-def test_making_samples_goes_on_where_it_stopped(
-    pipe: Any, samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("diffusers_linattn.samples.SAMPLES_PER_SHARD", 4)
-    whole = make_samples(pipe, PROMPTS, tmp_path / "whole", **CALL)
-    broken = tmp_path / "broken"
-    original_call, calls = type(pipe).__call__, []
-
-    def stops(self: Any, *args: Any, **kwargs: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return original_call(self, *args, **kwargs)
-
-    monkeypatch.setattr(type(pipe), "__call__", stops)
-    with pytest.raises(KeyboardInterrupt):
-        make_samples(pipe, PROMPTS, broken, **CALL)
-    with pytest.raises(ValueError, match=r"manifest.json does not exist"):
-        Samples(broken)
-    made_before = len(calls)
-    resumed = make_samples(pipe, PROMPTS, broken, **CALL)
-    assert len(calls) - made_before < made_before + 2
-    assert resumed.manifest == whole.manifest
-    with (broken / "samples-00001.safetensors").open("r+b") as file:
-        file.seek(-4, 2)
-        file.write(b"\0\1\2\3")
-    with pytest.raises(ValueError, match=r"samples-00001.safetensors is missing or altered"):
-        Samples(broken)
-    assert make_samples(pipe, PROMPTS, broken, **CALL).manifest == whole.manifest
-    with pytest.raises(ValueError, match="holds samples of other settings"):
-        make_samples(pipe, PROMPTS, broken, **{**CALL, "seed": 1})
-
-
-@pytest.mark.parametrize(
-    ("prompts", "changes", "match"),
-    [
-        ([], {}, "prompts is empty"),
-        ("no/such/file.txt", {}, "is no file"),
-        (PROMPTS, {"num_samples": 0}, "num_samples must be"),
-        (PROMPTS, {"batch_size": 1.5}, "batch_size must be"),
-    ],
-)
-def test_bad_sample_requests(pipe: Any, tmp_path: Path, prompts: Any, changes: Any, match: str) -> None:
-    with pytest.raises(ValueError, match=match):
-        make_samples(pipe, prompts, tmp_path / "samples", **{**CALL, **changes})
-    with pytest.raises(ValueError, match="covers flow-matching models; DiTPipeline has a DDIMScheduler"):
-        make_samples(tiny.dit_pipeline(), PROMPTS, tmp_path / "samples", **CALL)
-
-
-def test_samples_of_a_pipeline_whose_first_argument_is_no_prompt(pipe: Any, tmp_path: Path) -> None:
-    kontext = diffusers.FluxKontextPipeline(**pipe.components)
-    arguments = {**CALL["call_arguments"], "max_area": 24 * 32}
-    call = {**CALL, "num_samples": 2, "resolutions": [(24, 32)], "call_arguments": arguments}
-    assert len(make_samples(kontext, PROMPTS, tmp_path, **call)) == 2
-
-
-def test_transformers_that_take_more_than_tensors_are_refused(tmp_path: Path) -> None:
-    """Samples keep tensors alone: the rest would be missing when the student is trained."""
-    transformer: Any = CASES["QwenImageTransformer2DModel"].make()
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
-    pipe: Any = diffusers.QwenImagePipeline(scheduler, None, None, None, transformer)  # type: ignore[arg-type]
-    mask = torch.ones(2, 7, dtype=torch.long)
-    pipe.encode_prompt = lambda **_: (torch.randn(2, 7, 12), mask)
-    call = {**CALL, "num_samples": 2, "resolutions": [(32, 48)], "call_arguments": {"true_cfg_scale": 1.0}}
-    with pytest.raises(ValueError, match=r"take tensors; QwenImageTransformer2DModel was given img_shapes, a list"):
-        make_samples(pipe, PROMPTS, tmp_path, **call)
-
-
-def test_pipelines_with_several_transformers_are_refused(samples: Samples, tmp_path: Path) -> None:
-    make: Any = CASES["WanTransformer3DModel"].make
-    parts = {"transformer": make(), "transformer_2": make(), "boundary_ratio": 0.9}
-    pipe: Any = diffusers.WanPipeline(None, None, None, diffusers.FlowMatchEulerDiscreteScheduler(), **parts)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="WanPipeline has 2 transformers: distillation covers pipelines with one"):
-        make_samples(pipe, PROMPTS, tmp_path, **CALL)
-    with pytest.raises(ValueError, match="WanPipeline has 2 transformers"):
-        distill(pipe, samples, tmp_path, **QUICK)
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(tensor, b[name]) for name, tensor in a.items())
 
 
 @pytest.mark.parametrize(
     "template", [ClearProcessor(window=2, down_factor=2), LinearProcessor(feature_map="hedgehog")], ids=repr
 )
-def test_distillation_learns_saves_and_restores(pipe: Any, samples: Samples, tmp_path: Path, template: Any) -> None:
-    state = copy.deepcopy(pipe.transformer.state_dict())
+def test_it_learns_saves_and_restores(pipe: Any, samples: Samples, tmp_path: Path, template: Any) -> None:
+    state = state_of(pipe)
     flags = {name: p.requires_grad for name, p in pipe.transformer.named_parameters()}
+    random_state = torch.get_rng_state()
     linearize(pipe, template)
-    curves = distill(
-        pipe,
-        samples,
-        tmp_path / "student",
-        **{**QUICK, "transfer_steps": 40, "transfer_learning_rate": 1e-2, "learning_rate": 3e-3, "steps": 30},
-    )
+    config = DistillConfig(transfer_steps=40, steps=30, transfer_learning_rate=1e-2)
+    curves = distill(pipe, samples, tmp_path / "student", config, learning_rate=3e-3, batch_size=3)
+    assert torch.equal(torch.get_rng_state(), random_state)
     transfer = [row["loss"] for row in curves["transfer"]]
     assert sum(transfer[-5:]) < 0.8 * sum(transfer[:5])
-    assert {"loss", "diffusion", "prediction", "attention"} == set(curves["end_to_end"][0])
-    assert set(curves["transfer"][0]) == {"loss", *(layer.name for layer in layers_of(pipe))}
-    assert sorted(path.name for path in (tmp_path / "student").iterdir()) == [
-        "linear_attention.safetensors",
-        "linear_attention_config.json",
-        "training_log.json",
-    ]
-    changed = {
-        name
-        for name, tensor in pipe.transformer.state_dict().items()
-        if name in state and not torch.equal(tensor, state[name])
-    }
+    terms = {"loss", "diffusion", "prediction", "attention"}
+    assert {"step", "stage", "learning_rate", *terms} == set(curves["end_to_end"][0])
+    names = {layer.name for layer in layers_of(pipe)}
+    assert set(curves["transfer"][0]) == {"step", "stage", "learning_rate", "loss", *names}
+    lines = (tmp_path / "student" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["loss"] for line in lines] == [row["loss"] for row in [*sum(curves.values(), [])]]
+    files = ["linear_attention_config.json", WEIGHTS, "metrics.jsonl", "run.json"]
+    assert sorted(path.name for path in (tmp_path / "student").iterdir()) == sorted(files)
+    after = pipe.transformer.state_dict()
+    changed = {name for name in state if not torch.equal(after[name], state[name])}
+    assert changed
     assert {name.split(".", 2)[2].rsplit(".", 1)[0] for name in changed} <= {
         f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")
     }
-    assert changed
-    config = json.loads((tmp_path / "student" / "linear_attention_config.json").read_text())
-    assert config["recipe"]["steps"] == 30
-    assert config["recipe"]["num_samples"] == 10
+    saved = json.loads((tmp_path / "student" / "linear_attention_config.json").read_text())
+    assert saved["recipe"]["steps"] == 30
+    assert saved["recipe"]["learning_rate"] == 3e-3
+    assert saved["recipe"]["num_samples"] == 10
     last = [row["prediction"] for row in curves["end_to_end"]]
-    assert config["metrics"]["end_to_end prediction loss"] == pytest.approx(sum(last) / len(last))
+    assert saved["metrics"]["end_to_end prediction loss"] == pytest.approx(sum(last) / len(last))
     other = load_linear_attention(tiny.flux_pipeline(guidance_embeds=True), tmp_path / "student")
     with torch.no_grad():
         inputs = {**tiny.flux_inputs(), "guidance": torch.ones(2)}
         assert torch.equal(other.transformer(**inputs)[0], pipe.transformer(**inputs)[0])
     restore(pipe)
-    assert all(torch.equal(tensor, state[name]) for name, tensor in pipe.transformer.state_dict().items())
+    assert same(state, state_of(pipe))
     assert {name: p.requires_grad for name, p in pipe.transformer.named_parameters()} == flags
 
 
-@pytest.mark.parametrize("stop_at", [4, 6, 11])
-def test_an_interrupted_distillation_ends_the_same(
-    samples: Samples, tmp_path: Path, stop_at: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+@pytest.mark.parametrize("stop_at", [2, 6, 9])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, "crash"])
+def test_a_stopped_run_ends_the_same(
+    samples: Samples, tmp_path: Path, how: Any, stop_at: int, ema_decay: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def student() -> Any:
-        return linearize(tiny.flux_pipeline(guidance_embeds=True), ClearProcessor(window=2, down_factor=2))
-
-    distill(student(), samples, tmp_path / "whole", **QUICK)
+    """Signals leave a checkpoint after the step they come in; a crash goes back to the last regular one."""
+    options = {**QUICK, "ema_decay": ema_decay, "layers_per_group": 3}
+    distill(student(), samples, tmp_path / "whole", **options)
     batch, drawn = Samples.batch, []
 
     def stops(self: Samples, *args: Any) -> Any:
         drawn.append(1)
-        if len(drawn) == stop_at + 1:
-            raise KeyboardInterrupt
+        if len(drawn) == stop_at:
+            if how == "crash":
+                raise RuntimeError("crash")
+            signal.raise_signal(how)
         return batch(self, *args)
 
     monkeypatch.setattr(Samples, "batch", stops)
-    with pytest.raises(KeyboardInterrupt):
-        distill(student(), samples, tmp_path / "broken", **QUICK)
-    distill(student(), samples, tmp_path / "broken", **QUICK)
-    assert len(drawn) < 12 + stop_at + 1
-    for name in ("linear_attention.safetensors", "training_log.json"):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "broken" / name).read_bytes()
+    pipe = student()
+    before = state_of(pipe)
+    expected = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: SystemExit, "crash": RuntimeError}[how]
+    with pytest.raises(expected):
+        distill(pipe, samples, tmp_path / "broken", **options)
+    assert same(before, state_of(pipe))
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    done_before = len(drawn)
+    distill(student(), samples, tmp_path / "broken", **options)
+    repeated = len(drawn) - done_before + (stop_at - 1 if how == "crash" else stop_at) - 18
+    assert repeated == ((stop_at - 1) % 4 if how == "crash" else 0)
+    assert (tmp_path / "whole" / WEIGHTS).read_bytes() == (tmp_path / "broken" / WEIGHTS).read_bytes()
+    losses = [
+        [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("whole", "broken")
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_checkpoints_are_kept_as_many_as_asked_for(
+    samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {**QUICK, "checkpointing_steps": 2, "checkpoints_total_limit": 2}
+    batch, drawn = Samples.batch, []
+
+    def stops(self: Samples, *args: Any) -> Any:
+        drawn.append(1)
+        if len(drawn) == 10:
+            raise RuntimeError("crash")
+        return batch(self, *args)
+
+    monkeypatch.setattr(Samples, "batch", stops)
+    with pytest.raises(RuntimeError, match="crash"):
+        distill(student(), samples, tmp_path / "run", **options)
+    found = sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*"))
+    assert found == ["checkpoint-6", "checkpoint-8"]
+    parameters = sum(p.numel() for p in student().transformer.parameters())
+    size = sum(path.stat().st_size for path in (tmp_path / "run" / "checkpoint-8").iterdir())
+    assert size < 0.9 * 4 * parameters  # the trained weights and their moments, not the model
+    with pytest.raises(ValueError, match="holds checkpoint-8"):
+        distill(student(), samples, tmp_path / "run", **options, resume_from_checkpoint=None)
+    with pytest.raises(ValueError, match="has no checkpoint 'checkpoint-5'; there is checkpoint-6, checkpoint-8"):
+        distill(student(), samples, tmp_path / "run", **options, resume_from_checkpoint="checkpoint-5")
+    distill(student(), samples, tmp_path / "run", **options, resume_from_checkpoint="checkpoint-6")
+    distill(student(), samples, tmp_path / "whole", **options)
+    assert (tmp_path / "whole" / WEIGHTS).read_bytes() == (tmp_path / "run" / WEIGHTS).read_bytes()
+
+
+SCRIPT = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+import tiny
+from diffusers_linattn import LinearProcessor, distill, linearize
+torch.set_num_threads(1)
+pipe = linearize(tiny.flux_pipeline(guidance_embeds=True), LinearProcessor(feature_map="hedgehog"))
+distill(pipe, {samples!r}, {output!r}, transfer_steps=3, steps=3, batch_size=2, transfer_learning_rate=1e-2,
+        learning_rate=1e-3)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_with_twice_the_batch(samples: Samples, tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    output = tmp_path / "two"
+    script.write_text(SCRIPT.format(tests=str(ROOT / "tests"), samples=str(samples.directory), output=str(output)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(script)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    template = LinearProcessor(feature_map="hedgehog")
+    same_settings = {"transfer_steps": 3, "steps": 3, "transfer_learning_rate": 1e-2, "learning_rate": 1e-3}
+    distill(student(template), samples, tmp_path / "one", batch_size=4, **same_settings)
+    parts = {"batch_size": 1, "gradient_accumulation_steps": 4}
+    distill(student(template), samples, tmp_path / "parts", **parts, **same_settings)
+    distill(student(template), samples, tmp_path / "half", batch_size=2, **same_settings)
+    one, two, split, half = (load_file(tmp_path / name / WEIGHTS) for name in ("one", "two", "parts", "half"))
+    assert json.loads((tmp_path / "two" / "run.json").read_text()) == json.loads(
+        (tmp_path / "one" / "run.json").read_text()
+    )
+
+    def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+        return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+    assert distance(one, two) < 1e-4
+    assert distance(one, split) < 1e-4
+    assert distance(one, half) > 1e-3  # the batch matters
+
+
+def test_a_lora_is_trained_saved_small_and_beside_others(samples: Samples, tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    pipe = student(LinearProcessor())
+    base = {name: p.clone() for name, p in pipe.transformer.named_parameters() if "processor" not in name}
+    users = LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False)
+    pipe.transformer.add_adapter(users, "users")
+    with torch.no_grad(), original_attention(pipe):
+        inputs = {**tiny.flux_inputs(), "guidance": torch.ones(2)}
+        teacher = pipe.transformer(**inputs)[0]
+    options = {**QUICK, "trainable": "lora", "rank": 3, "transfer_learning_rate": 1e-2}
+    curves = distill(pipe, samples, tmp_path / "student", **{**options, "transfer_steps": 60})
+    transfer = [row["loss"] for row in curves["transfer"]]
+    assert sum(transfer[-5:]) < 0.9 * sum(transfer[:5])
+    now = {name.replace(".base_layer", ""): p for name, p in pipe.transformer.named_parameters()}
+    assert all(torch.equal(p, now[name]) for name, p in base.items())
+    tensors = load_file(tmp_path / "student" / WEIGHTS)
+    assert {name.split(".")[-2] for name in tensors} == {"lora_A", "lora_B", "conv"}
+    with torch.no_grad(), original_attention(pipe):
+        assert torch.equal(pipe.transformer(**inputs)[0], teacher)
+    other = tiny.flux_pipeline(guidance_embeds=True)
+    other.transformer.add_adapter(users, "users")
+    other.transformer.load_state_dict(pipe.transformer.state_dict(), strict=False)
+    load_linear_attention(other, tmp_path / "student")
+    with torch.no_grad():
+        torch.testing.assert_close(other.transformer(**inputs)[0], pipe.transformer(**inputs)[0])
+    with pytest.raises(ValueError, match=r"have a LoRA of rank 3 already: give rank=3"):
+        distill(pipe, samples, tmp_path / "more", **{**options, "rank": 5})
+
+
+def test_a_mixed_model_trains_and_saves_like_any_other(pipe: Any, samples: Samples, tmp_path: Path) -> None:
+    mapping = {
+        "transformer_blocks.0.attn": ClearProcessor(window=2),
+        "single_transformer_blocks.0.attn": LinearProcessor(),
+        "single_transformer_blocks.1.attn": GLAProcessor(),
+    }
+    linearize(pipe, mapping)
+    curves = distill(pipe, samples, tmp_path / "student", **QUICK)
+    assert set(mapping) < set(curves["transfer"][0])
+    assert "transformer_blocks.1.attn" not in curves["transfer"][0]
+    other = load_linear_attention(tiny.flux_pipeline(guidance_embeds=True), tmp_path / "student")
+    assert [type(layer.processor).__name__ for layer in layers_of(other)] == [
+        "ClearProcessor",
+        "NoneType",
+        "LinearProcessor",
+        "GLAProcessor",
+    ]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gradient_checkpointing": True},
+        {"mixed_precision": "bf16"},
+        {"layers_per_group": 1},
+        {"trainable": "processors"},
+        {"optimizer": "sgd", "optimizer_arguments": {"momentum": 0.9}},
+        {"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 2},
+        {"timestep_sampling": "logit_normal"},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_settings_of_training(samples: Samples, tmp_path: Path, options: Any) -> None:
+    pipe = student(LinearProcessor(feature_map="hedgehog"))
+    before = state_of(pipe)
+    distill(pipe, samples, tmp_path / "student", **QUICK, **options)
+    after = pipe.transformer.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any("processor" in name for name in changed)
+    assert any("to_q" in name for name in changed) == (options.get("trainable") != "processors")
+    assert not pipe.transformer.is_gradient_checkpointing
+    assert {p.dtype for p in pipe.transformer.parameters()} == {torch.float32}
+
+
+def test_checkpointing_computes_the_same(samples: Samples, tmp_path: Path) -> None:
+    for name, options in {"plain": {}, "checkpointed": {"gradient_checkpointing": True}}.items():
+        distill(student(), samples, tmp_path / name, **QUICK, **options)  # type: ignore[arg-type]
+    assert (tmp_path / "plain" / WEIGHTS).read_bytes() == (tmp_path / "checkpointed" / WEIGHTS).read_bytes()
+
+
+def test_the_teacher_is_the_original_under_autocast(samples: Samples, tmp_path: Path) -> None:
+    """Autocast keeps casts of weights by parameter: the teacher's must not be taken for the student's."""
+    whole = distill(student(), samples, tmp_path / "fp32", **QUICK, transfer_learning_rate=1e-2)
+    half = distill(student(), samples, tmp_path / "bf16", **QUICK, transfer_learning_rate=1e-2, mixed_precision="bf16")
+    for a, b in zip(sum(whole.values(), []), sum(half.values(), []), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=0.02)
 
 
 def test_a_bf16_pipeline_is_trained_in_fp32_and_stays_bf16(samples: Samples, tmp_path: Path) -> None:
-    pipe = tiny.flux_pipeline(guidance_embeds=True).to(torch.bfloat16)
-    linearize(pipe, LinearProcessor())
-    distill(pipe, samples, tmp_path / "student", **QUICK)
+    pipe = student(LinearProcessor()).to(torch.bfloat16)
+    curves = distill(pipe, samples, tmp_path / "student", **QUICK)
     assert {p.dtype for p in pipe.transformer.parameters()} == {torch.bfloat16}
-    log = json.loads((tmp_path / "student" / "training_log.json").read_text())
-    assert all(torch.tensor(row["loss"]).isfinite() for curve in log["curves"].values() for row in curve)
+    assert all(torch.tensor(row["loss"]).isfinite() for rows in curves.values() for row in rows)
 
 
-def test_distillation_refuses_what_it_cannot_do(pipe: Any, samples: Samples, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_stops_the_run(samples: Samples, tmp_path: Path) -> None:
+    pipe = student(LinearProcessor())
+    before = state_of(pipe)
+    options = {**QUICK, "steps": 40, "checkpointing_steps": 2, "optimizer": "sgd", "max_grad_norm": None}
+    with pytest.raises(DivergedError, match=r"not finite at step \d+ .*last good checkpoint is .*checkpoint-\d+"):
+        distill(pipe, samples, tmp_path / "student", **options, learning_rate=1e4)
+    assert same(before, state_of(pipe))
+    assert not (tmp_path / "student" / WEIGHTS).exists()
+
+
+def test_bad_requests_fail_before_the_work(pipe: Any, samples: Samples, tmp_path: Path) -> None:
+    out = tmp_path / "student"
     with pytest.raises(ValueError, match="No attention layer is converted"):
-        distill(pipe, samples, tmp_path / "student", **QUICK)
+        distill(pipe, samples, out, **QUICK)
     linearize(pipe, ClearProcessor(window=2))
+    for options, match in [
+        ({"trainable": "processors"}, "leaves nothing to train: ClearProcessor as configured adds no weights"),
+        ({"batch_size": 11}, "holds 10 samples, too few for batches of 11"),
+        ({"optimizer": "adamx"}, "Unknown optimizer 'adamx': expected one of"),
+        ({"optimizer": "prodigy"}, "needs prodigyopt: pip install prodigyopt"),
+        ({"optimizer_arguments": {"beta": 1}}, "AdamW does not take these arguments"),
+        ({"lr_scheduler": "cosin"}, "Unknown lr_scheduler 'cosin'"),
+        ({"learning_rates": 1}, r"no setting 'learning_rates'. Did you mean learning_rate\?"),
+        ({"learning_rate": 0}, "learning_rate must be a number above 0, got 0"),
+        ({"prompt_dropout": 1.5}, "prompt_dropout must be a number, at least 0 and at most 1"),
+        ({"steps": 0, "transfer_steps": 0}, "both 0"),
+        ({"resume_from_checkpoint": "checkpoint-9"}, "has no checkpoint 'checkpoint-9'; there is none"),
+        ({"mixed_precision": "fp16"}, "fp16 cannot be trained on a CPU"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            distill(pipe, samples, out, **{**QUICK, **options})
+        assert not out.exists()
     pipe.transformer.fuse_qkv_projections()
     with pytest.raises(ValueError, match="has fused projections"):
+        distill(pipe, samples, out, **QUICK)
+    pixart = linearize(tiny.pixart_pipeline(), ClearProcessor(window=2))
+    with pytest.raises(ValueError, match="PixArtTransformer2DModel"):
+        distill(pixart, samples, out, **QUICK)
+    dit = linearize(tiny.dit_pipeline(), ClearProcessor(window=2))
+    with pytest.raises(ValueError, match="DiTTransformer2DModel does not take LoRAs in diffusers"):
+        distill(dit, samples, out, **QUICK, trainable="lora")
+
+
+def test_an_output_directory_with_something_else_is_left_alone(samples: Samples, tmp_path: Path) -> None:
+    out = tmp_path / "student"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="holds other files"):
+        distill(student(), samples, out, **QUICK)
+    assert [path.name for path in out.iterdir()] == ["notes.txt"]
+    (out / "notes.txt").unlink()
+    distill(student(), samples, out, **QUICK)
+    with pytest.raises(ValueError, match="holds the finished result of this very run"):
+        distill(student(), samples, out, **QUICK)
+    with pytest.raises(ValueError, match="holds a run with other recipe: learning_rate"):
+        distill(student(), samples, out, **QUICK, learning_rate=1e-5)
+    with pytest.raises(ValueError, match="holds a run with other layers"):
+        distill(student(ClearProcessor(window=3)), samples, out, **QUICK)
+
+
+def test_a_full_disk_is_noticed_first(samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    pipe = student()
+    before = state_of(pipe)
+    with pytest.raises(ValueError, match=r"0.0 GB free, 3 checkpoints need"):
         distill(pipe, samples, tmp_path / "student", **QUICK)
-    assert callable(distill_function)
+    assert same(before, state_of(pipe))
+    assert not (tmp_path / "student").exists()
+
+
+def test_pipelines_with_several_transformers_are_refused(samples: Samples, tmp_path: Path) -> None:
+    import diffusers
+
+    make: Any = CASES["WanTransformer3DModel"].make
+    parts = {"transformer": make(), "transformer_2": make(), "boundary_ratio": 0.9}
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    pipe: Any = diffusers.WanPipeline(None, None, None, scheduler, **parts)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="WanPipeline has 2 transformers"):
+        distill(pipe, samples, tmp_path, **QUICK)
+
+
+def objective(scheduler: Any) -> Any:
+    return objective_of(SimpleNamespace(scheduler=scheduler))
+
+
+def test_objectives_are_those_of_the_schedulers() -> None:
+    generator = torch.Generator().manual_seed(0)
+    latents, noise = torch.randn(2, 3, 4, 8, 8, generator=generator)
+    level = torch.tensor([0.1, 0.5, 0.9])
+    for kind in ("epsilon", "v_prediction", "sample"):
+        scheduler = DDPMScheduler(prediction_type=kind)
+        found = objective(scheduler)
+        timesteps = found.timesteps(level)
+        assert timesteps.tolist() == [100, 500, 900]
+        noisy = scheduler.add_noise(latents, noise, timesteps)
+        torch.testing.assert_close(found.noisy(latents, noise, timesteps), noisy)
+        expected = {"epsilon": noise, "sample": latents}.get(kind)
+        if expected is None:
+            expected = scheduler.get_velocity(latents, noise, timesteps)
+        torch.testing.assert_close(found.target(latents, noise, timesteps), expected)
+    flow = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    found = objective(flow)
+    timesteps = flow.timesteps[[900, 500, 100]]
+    noisy = flow.scale_noise(latents, timesteps, noise)
+    torch.testing.assert_close(found.noisy(latents, noise, timesteps), noisy, atol=1e-5, rtol=1e-5)
+    assert torch.equal(found.target(latents, noise, timesteps), noise - latents)
+    assert isinstance(objective(EulerDiscreteScheduler()), Denoising)
+    wan = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    assert type(objective(wan)) is type(found)
+    with pytest.raises(ValueError, match="predicts 'flow'"):
+        objective(SimpleNamespace(config={"prediction_type": "flow"}))
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "logit_normal"])
+def test_draws_do_not_depend_on_how_a_batch_is_split(sampling: str) -> None:
+    latents = torch.zeros(4, 2, 3)
+
+    def parts(*sizes: int) -> tuple[torch.Tensor, torch.Tensor]:
+        first, drawn = 0, []
+        for size in sizes:
+            generators = [torch.Generator().manual_seed(i) for i in range(first, first + size)]
+            drawn.append(draw(latents[:size], generators, range(first, first + size), 4, sampling))
+            first += size
+        return torch.cat([d.noise for d in drawn]), torch.cat([d.level for d in drawn])
+
+    (noise, level), (noise_split, level_split) = parts(4), parts(1, 3)
+    assert torch.equal(noise, noise_split)
+    assert torch.equal(level, level_split)
+    assert ((level > 0) & (level < 1)).all()
+    assert (level.diff() > 0).all()  # one in each quarter
+
+
+def test_a_learned_variance_is_split_off() -> None:
+    prediction, latents = torch.randn(2, 8, 3, 3), torch.zeros(2, 4, 3, 3)
+    mean, variance = split_variance(prediction, latents)
+    assert torch.equal(mean, prediction[:, :4])
+    assert variance is not None
+    assert torch.equal(variance, prediction[:, 4:])
+    assert split_variance(latents, latents)[1] is None
+    with pytest.raises(ValueError, match=r"predicts \(2, 8, 3, 3\) for latents of \(2, 3, 3, 3\)"):
+        split_variance(prediction, latents[:, :3])

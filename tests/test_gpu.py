@@ -11,6 +11,7 @@ import torch._dynamo.testing
 from diffusers_linattn import (
     ClearProcessor,
     GLAProcessor,
+    HybridProcessor,
     LinearProcessor,
     TokenLayout,
     gated_linear_attention,
@@ -177,7 +178,13 @@ def test_kernel_compiles_whole_for_all_sizes() -> None:
 
 @pytest.mark.parametrize(
     "template",
-    [ClearProcessor(window=3), ClearProcessor(window=2, down_factor=4), LinearProcessor(), GLAProcessor()],
+    [
+        ClearProcessor(window=3),
+        ClearProcessor(window=2, down_factor=4),
+        LinearProcessor(),
+        GLAProcessor(),
+        HybridProcessor(window=2),
+    ],
     ids=repr,
 )
 @torch.no_grad()

@@ -14,7 +14,15 @@ from diffusers import AutoencoderKL, DiffusionPipeline, FluxPipeline
 from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
-from diffusers_linattn import ClearProcessor, GLAProcessor, LinearProcessor, linearize, restore, status
+from diffusers_linattn import (
+    ClearProcessor,
+    GLAProcessor,
+    HybridProcessor,
+    LinearProcessor,
+    linearize,
+    restore,
+    status,
+)
 from diffusers_linattn.linearize import layers_of, original_attention
 from diffusers_linattn.processors.base import BaseProcessor
 from diffusers_linattn.tracker import find_tracker
@@ -150,7 +158,9 @@ def test_attributes_that_diffusers_sets_on_processors_move_along() -> None:
         model(**tiny.flux_inputs())
 
 
-@pytest.mark.parametrize("template", [ClearProcessor(2, 2), LinearProcessor(feature_map="hedgehog"), GLAProcessor()])
+@pytest.mark.parametrize(
+    "template", [ClearProcessor(2, 2), LinearProcessor(feature_map="hedgehog"), GLAProcessor(), HybridProcessor(2)]
+)
 @torch.no_grad()
 def test_sequential_offload(template: BaseProcessor) -> None:
     from accelerate import cpu_offload
@@ -259,6 +269,10 @@ def test_a_pipeline_without_a_known_transformer_is_refused() -> None:
         (GLAProcessor, {"gate_low_rank": 0}, "gate_low_rank must be"),
         (GLAProcessor, {"feature_map": "hedgehog"}, "Unknown feature_map"),
         (GLAProcessor, {"input_conv": 3}, "input_conv must be True or False"),
+        (HybridProcessor, {"window": 0}, "window must be an integer of at least 1, got 0"),
+        (HybridProcessor, {"temporal_window": 0}, "temporal_window must be"),
+        (HybridProcessor, {"feature_map": "cosine"}, "Unknown feature_map 'cosine'.*'hedgehog'"),
+        (HybridProcessor, {"impl": "torch"}, "Unknown impl 'torch': expected one of"),
     ],
 )
 def test_bad_constructor_arguments(cls: Any, arguments: dict[str, Any], match: str) -> None:
@@ -272,6 +286,7 @@ def test_bad_constructor_arguments(cls: Any, arguments: dict[str, Any], match: s
         ClearProcessor(window=3, down_factor=2, temporal_window=4),
         LinearProcessor(kernel_size=3, heads=2, feature_map="hedgehog", reset_projections=True),
         GLAProcessor(direction="alternate", gate_low_rank=4, gate_normalizer=8, input_conv=True),
+        HybridProcessor(window=3, feature_map="elu", temporal_window=4, reset_projections=True, impl="tiled"),
     ],
     ids=lambda processor: type(processor).__name__,
 )
@@ -311,7 +326,12 @@ def test_tokens_that_do_not_match_the_layout_are_refused() -> None:
 
 @pytest.mark.parametrize(
     "template",
-    [ClearProcessor(window=2, down_factor=2), LinearProcessor(reset_projections=True), GLAProcessor()],
+    [
+        ClearProcessor(window=2, down_factor=2),
+        LinearProcessor(reset_projections=True),
+        GLAProcessor(),
+        HybridProcessor(window=2),
+    ],
     ids=lambda processor: type(processor).__name__,
 )
 @pytest.mark.parametrize("make", [tiny.flux, tiny.pixart, tiny.dit], ids=lambda f: f.__name__)

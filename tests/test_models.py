@@ -22,6 +22,7 @@ import diffusers_linattn
 from diffusers_linattn import (
     ClearProcessor,
     GLAProcessor,
+    HybridProcessor,
     LinearProcessor,
     linearize,
     restore,
@@ -39,6 +40,7 @@ MECHANISMS = {
     "clear, pooled": ClearProcessor(window=2, down_factor=2),
     "linear": LinearProcessor(),
     "gla": GLAProcessor(),
+    "hybrid": HybridProcessor(window=2, temporal_window=2),
 }
 FRAMES = 2  # the temporal window of the tests
 

@@ -8,7 +8,7 @@ import diffusers
 import pytest
 import torch
 
-from diffusers_linattn import ClearProcessor, GLAProcessor, LinearProcessor, linearize
+from diffusers_linattn import ClearProcessor, GLAProcessor, HybridProcessor, LinearProcessor, linearize
 from diffusers_linattn.linearize import layers_of
 
 from model_cases import CASES, Case
@@ -21,6 +21,7 @@ MECHANISMS = {
     "linear": LinearProcessor(),
     "gla": GLAProcessor(),
     "gla, alternate": GLAProcessor(direction="alternate"),
+    "hybrid": HybridProcessor(window=2),
 }
 
 

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from diffusers_linattn import (
     ClearProcessor,
     GLAProcessor,
+    HybridProcessor,
     LinearProcessor,
     linearize,
     load_linear_attention,
@@ -41,6 +42,7 @@ TEMPLATES: dict[str, Any] = {
     "hedgehog": LinearProcessor(feature_map="hedgehog", heads=4),
     "gla both ways": GLAProcessor(),
     "gla alternate": GLAProcessor(direction="alternate", input_conv=True),
+    "hybrid": HybridProcessor(window=2),
     "mixed": MIXED,
 }
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from diffusers_linattn import (
     ClearProcessor,
     GLAProcessor,
+    HybridProcessor,
     LinearProcessor,
     linearize,
     load_linear_attention,
@@ -42,6 +43,7 @@ def train_a_little(model: torch.nn.Module, inputs: dict[str, Any]) -> None:
         LinearProcessor(reset_projections=True),
         GLAProcessor(),
         GLAProcessor(direction="alternate", input_conv=True),
+        HybridProcessor(window=2),
     ],
     ids=repr,
 )

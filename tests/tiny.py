@@ -20,7 +20,7 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
-from diffusers_linattn import ClearProcessor, GLAProcessor, LinearProcessor
+from diffusers_linattn import ClearProcessor, GLAProcessor, HybridProcessor, LinearProcessor
 from diffusers_linattn.linearize import layers_of
 
 
@@ -280,6 +280,7 @@ TRAINABLE = {
     "clear": ClearProcessor(window=2, down_factor=2),
     "linear": LinearProcessor(feature_map="hedgehog"),
     "gla": GLAProcessor(),
+    "hybrid": HybridProcessor(window=2),
 }
 
 

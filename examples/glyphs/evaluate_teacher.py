@@ -1,6 +1,7 @@
 """Measure a glyph pipeline and draw a contact sheet.
 
-    python examples/glyphs/evaluate_teacher.py        # writes quality.json and teacher.png beside this script
+    python examples/glyphs/evaluate_teacher.py                     # writes quality.json and teacher.png
+    python examples/glyphs/evaluate_teacher.py --teacher pixart    # writes pixart_quality.json and pixart_teacher.png
 
 The same judge reads the boards of the pipeline, as many real boards (what a perfect model would reach), real boards
 through the autoencoder (what the transformer can reach at best), and shuffled boards (right letters, typefaces that do
@@ -14,17 +15,19 @@ import json
 import os
 import platform
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
 import torch
 import transformers
 from boards import LETTERS, prompt, real_boards, shuffled_boards
-from diffusers import AutoencoderKL, FluxPipeline
+from diffusers import AutoencoderKL
 from judge import Judge
 from PIL import Image
-from text import TOKENS
+from teachers import TEACHERS
 
 
 HERE = Path(__file__).parent
@@ -32,24 +35,14 @@ REAL_SEED = 11
 SHEET_LETTERS = "AGKMQRSX"
 
 
-@torch.no_grad()
-def generate(pipeline: FluxPipeline, letters: list[int], steps: int, seed: int, batch: int = 26) -> torch.Tensor:
-    """Boards (N, 3, 128, 128) in [0, 1] at guidance 1; the noise of a board depends only on the seed and its place."""
+def generate(pipeline: Any, call: dict[str, Any], letters: list[int], seed: int, batch: int = 26) -> torch.Tensor:
+    """Boards (N, 3, 128, 128) in [0, 1]; the noise of a board depends only on the seed and its place."""
     parts = []
     for start in range(0, len(letters), batch):
         chosen = letters[start : start + batch]
         generators = [torch.Generator().manual_seed(seed + start + place) for place in range(len(chosen))]
-        output = pipeline(
-            [prompt(letter) for letter in chosen],
-            height=128,
-            width=128,
-            num_inference_steps=steps,
-            guidance_scale=1.0,
-            max_sequence_length=TOKENS,
-            generator=generators,
-            output_type="pt",
-        )
-        parts.append(output.images.float().cpu())
+        prompts = [prompt(letter) for letter in chosen]
+        parts.append(pipeline(prompts, generator=generators, output_type="pt", **call).images.float().cpu())
     return torch.cat(parts)
 
 
@@ -77,8 +70,9 @@ def contact_sheet(images: torch.Tensor, columns: int = 4, gap: int = 8) -> Image
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--pipeline", type=Path, default=HERE / "pipeline")
-    parser.add_argument("--output", type=Path, default=HERE, help="folder of quality.json and teacher.png")
+    parser.add_argument("--teacher", choices=TEACHERS, default="flux")
+    parser.add_argument("--pipeline", type=Path, help="its pipeline; the one beside this script if left out")
+    parser.add_argument("--output", type=Path, default=HERE, help="folder of the two files")
     parser.add_argument("--per-letter", type=int, default=8)
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
@@ -90,13 +84,14 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     torch.set_num_threads(arguments.threads)
-    pipeline = FluxPipeline.from_pretrained(arguments.pipeline).to(arguments.device)
-    pipeline.set_progress_bar_config(disable=True)
+    teacher = TEACHERS[arguments.teacher]
+    pipeline = replace(teacher, folder=arguments.pipeline or teacher.folder).load().to(arguments.device)
+    call = teacher.call(arguments.steps)
     judge = Judge.load()
     letters = list(range(len(LETTERS))) * arguments.per_letter
     real = real_boards(letters, REAL_SEED)
     started = time.perf_counter()
-    images = generate(pipeline, letters, arguments.steps, arguments.seed)
+    images = generate(pipeline, call, letters, arguments.seed)
     seconds = time.perf_counter() - started
     scores = {
         "teacher": judge.score(images, letters),
@@ -121,11 +116,11 @@ def main() -> None:
             "transformers": transformers.__version__,
         },
     }
-    (arguments.output / "quality.json").write_text(json.dumps(report, indent=2) + "\n")
+    prefix = "" if arguments.teacher == "flux" else f"{arguments.teacher}_"
+    (arguments.output / f"{prefix}quality.json").write_text(json.dumps(report, indent=2) + "\n")
     sheet = [LETTERS.index(letter) for letter in SHEET_LETTERS]
-    contact_sheet(generate(pipeline, sheet, arguments.steps, arguments.seed + 1000)).save(
-        arguments.output / "teacher.png", optimize=True
-    )
+    pictures = contact_sheet(generate(pipeline, call, sheet, arguments.seed + 1000))
+    pictures.save(arguments.output / f"{prefix}teacher.png", optimize=True)
     print(json.dumps(report["scores"], indent=2))
 
 

@@ -20,10 +20,10 @@ from diffusers_linattn.lora import lora_to_save
 from diffusers_linattn.samples import ONE_TRANSFORMER, Samples
 from diffusers_linattn.training.checkpoints import checkpoint_to_resume, remove_checkpoints
 from diffusers_linattn.training.config import DistillConfig
+from diffusers_linattn.training.environment import accelerator_for, model_options, start_trackers
 from diffusers_linattn.training.loop import Loop, Phase, Row
 from diffusers_linattn.training.objective import objective_of
 from diffusers_linattn.training.optimizers import check_optimizer
-from diffusers_linattn.training.environment import accelerator_for, model_options, start_trackers
 from diffusers_linattn.training.teacher_student import TERMS, AttentionTransfer, EndToEnd
 from diffusers_linattn.training.trainable import check_trainable, dtype_of, trained_parameters
 from diffusers_linattn.training.validation import Validation
@@ -123,16 +123,16 @@ def _phases(
 ) -> list[Phase]:
     """The transfer, in groups of layers one after the other, and then all layers end to end."""
     size = config.layers_per_group or len(layers)
-    phases = []
+    phases: list[Phase] = []
     for first in range(0, len(layers), size):
         group = layers[first : first + size]
         prefixes = tuple(f"{layer.name}." for layer in group)
         trained = {name: parameter for name, parameter in parameters.items() if name.startswith(prefixes)}
         if trained:
-            stage = AttentionTransfer(model, group, samples.call, config)
-            phases.append(Phase("transfer", stage, trained, config.transfer_steps, config.transfer_learning_rate))
-    stage = EndToEnd(model, layers, samples.call, config)
-    return [*phases, Phase("end_to_end", stage, parameters, config.steps, config.learning_rate)]
+            transfer = AttentionTransfer(model, group, samples.call, config)
+            phases.append(Phase("transfer", transfer, trained, config.transfer_steps, config.transfer_learning_rate))
+    end_to_end = EndToEnd(model, layers, samples.call, config)
+    return [*phases, Phase("end_to_end", end_to_end, parameters, config.steps, config.learning_rate)]
 
 
 def _settings(
@@ -192,16 +192,16 @@ def _check_disk(directory: Path, parameters: Mapping[str, nn.Parameter], config:
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise ValueError(
-            f"output_dir {directory} has {free / 1e9:.1f} GB free, {kept} checkpoints need {needed / 1e9:.1f} GB: lower "
-            "checkpoints_total_limit, or give another output_dir."
+            f"output_dir {directory} has {free / 1e9:.1f} GB free, {kept} checkpoints need {needed / 1e9:.1f} GB: "
+            "lower checkpoints_total_limit, or give another output_dir."
         )
 
 
 def _prompt_dropout(model: Any, samples: Samples, config: DistillConfig) -> float:
-    """Only models that are guided by two predictions learn to predict without a prompt."""
-    if not samples.has_null or getattr(model.config, "guidance_embeds", False):
-        return 0.0
-    return config.prompt_dropout
+    """Only models that are guided by two predictions have to predict without a prompt."""
+    guidance = samples.manifest["settings"]["call_arguments"].get("guidance_scale")
+    unguided = getattr(model.config, "guidance_embeds", False) or (guidance is not None and guidance <= 1)
+    return 0.0 if unguided or not samples.has_null else config.prompt_dropout
 
 
 def _last_losses(curves: Curves, steps: int = 100) -> dict[str, float]:

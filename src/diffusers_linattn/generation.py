@@ -126,10 +126,26 @@ def call_pipeline(
     """Call a pipeline for these prompts, a generator for each; its own progress bar is silent meanwhile."""
     if len(prompts) != len(seeds) or not prompts:
         raise ValueError(f"Got {len(prompts)} prompts and {len(seeds)} seeds, expected one seed per prompt.")
+    known = call_parameters(pipe)
+    unknown = sorted(call_arguments.keys() - known.keys())
+    if unknown and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+        raise ValueError(f"{type(pipe).__name__} takes no {unknown[0]}: expected some of {', '.join(known)}.")
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     arguments = {prompt_argument(pipe): list(prompts), "generator": generators, **call_arguments}
     with _silent(pipe):
         return pipe(**arguments)
+
+
+def scheduler_of(pipe: Any) -> Any:
+    """The scheduler of a pipeline.
+
+    Raises:
+        ValueError: It has none.
+    """
+    scheduler = getattr(pipe, "scheduler", None)
+    if not hasattr(scheduler, "step"):
+        raise ValueError(f"{type(pipe).__name__} has no scheduler with steps, which its latents are read from.")
+    return scheduler
 
 
 @contextmanager
@@ -139,10 +155,8 @@ def caught_steps(pipe: Any, catch: Callable[[Step], None]) -> Iterator[None]:
     Raises:
         ValueError: The pipeline has no scheduler.
     """
-    scheduler = getattr(pipe, "scheduler", None)
-    original = getattr(type(scheduler), "step", None)
-    if scheduler is None or original is None:
-        raise ValueError(f"{type(pipe).__name__} has no scheduler with steps, which its latents are read from.")
+    scheduler = scheduler_of(pipe)
+    original: Any = type(scheduler).step
     signature = inspect.signature(original)
     before = vars(scheduler).get("step")
 

@@ -1,4 +1,4 @@
-"""The three operators in plain PyTorch: the specification that every faster path is tested against.
+"""The operators in plain PyTorch: the specification that every faster path is tested against.
 
 Letters: B batch, H heads, N tokens, D head_dim, K the head_dim of query and key where it differs from the value's.
 Memory is quadratic in N (the gated one is a loop over tokens): use these to understand and to test.
@@ -109,6 +109,44 @@ def linear_attention(
     """
     weights = query_features(query) @ key_features(key).transpose(-1, -2)
     return _blend_with_text(query, key, value, layout, weights, mask, scale)
+
+
+def hybrid_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: TokenLayout,
+    *,
+    far_weight: torch.Tensor,
+    query_features: FeatureMap,
+    key_features: FeatureMap,
+    window: int,
+    temporal_window: int | None = None,
+    mask: torch.Tensor | None = None,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """exp(scale q·k) where [`local_mask`] allows, plus λ φ(q)·φ(k) between all grid tokens, one denominator.
+
+    λ is `far_weight`, (H,), non-negative. Text queries keep softmax over everything. A query whose weights are all 0
+    gives 0.
+    """
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = query @ key.transpose(-1, -2) * scale
+    scores = scores.masked_fill(~local_mask(layout, window, temporal_window, query.device), float("-inf"))
+    in_grid = torch.zeros(layout.length, dtype=torch.bool, device=query.device)
+    for segment in layout.grids:
+        in_grid[segment.start : segment.stop] = True
+    far = far_weight[:, None, None] * (query_features(query) @ key_features(key).transpose(-1, -2))
+    far = far * (in_grid[:, None] & in_grid)
+    if mask is not None:
+        bias = mask_bias(mask, query.dtype)
+        scores, far = scores + bias, far * bias.exp()
+    # Numerator and denominator are both scaled by exp(-peak); far below 0 the far weights would overflow.
+    peak = scores.amax(-1, keepdim=True).clamp_min(-60)
+    total = (scores - peak).exp() + far * (-peak).exp()
+    denominator = total.sum(-1, keepdim=True)
+    nothing = denominator == 0
+    return (total @ value / denominator.masked_fill(nothing, 1)).masked_fill(nothing, 0)
 
 
 def gated_linear_attention(

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from diffusers_linattn.lora import LowRank
-from diffusers_linattn.processors import BaseProcessor, ClearProcessor, GLAProcessor, LinearProcessor
+from diffusers_linattn.processors import BaseProcessor, ClearProcessor, GLAProcessor, HybridProcessor, LinearProcessor
 from diffusers_linattn.version import __version__
 
 
@@ -28,6 +28,7 @@ MAX_RANK = 1_024
 PROCESSORS: dict[str, type[BaseProcessor]] = {
     "clear": ClearProcessor,
     "gla": GLAProcessor,
+    "hybrid": HybridProcessor,
     "linear": LinearProcessor,
 }
 # Sizes of weights grow with some of these, so that a file could ask for any amount of memory. The others are bounded

@@ -63,17 +63,21 @@ class DistillConfig:
 
     diffusion_weight: float = _setting(1.0, "weight of the model's own diffusion loss")
     prediction_weight: float = _setting(0.5, "weight of the distance to the teacher's prediction")
-    attention_weight: float = _setting(0.5, "weight of the distance to the teacher's attention outputs, mean of layers")
+    attention_weight: float = _setting(
+        0.5, "weight of the distance to the teacher's attention outputs, mean of layers"
+    )
     variance_weight: float = _setting(
         0.05, "weight of the distance to the teacher's variance, for models that predict it"
     )
     timestep_sampling: str = _setting("uniform", "how training timesteps are drawn: uniform or logit_normal")
     prompt_dropout: float = _setting(
-        0.1, "share of the samples trained without their prompt; no effect on guidance-distilled models"
+        0.1, "share of the samples trained without their prompt; none if samples were made without guidance"
     )
 
     mixed_precision: str | None = _setting(None, "no, bf16 or fp16; none: the model's own precision")
-    gradient_checkpointing: bool = _setting(False, "recompute activations in the backward pass, which saves memory")
+    gradient_checkpointing: bool = _setting(
+        False, "recompute activations in the backward pass, which saves memory", changes_result=False
+    )
     compile: bool = _setting(False, "torch.compile the repeated blocks of the model", changes_result=False)
     seed: int = _setting(0, "seeds what is drawn: samples, noise, timesteps")
 
@@ -146,4 +150,5 @@ def _check_number(name: str, value: Any, *, above: float | None = None, most: fl
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or value < 0 or (above is not None and value <= above) or (most is not None and value > most):
         wanted = "a number above 0" if above is not None else "a number, at least 0"
-        raise ValueError(f"{name} must be {wanted}{f' and at most {most}' if most is not None else ''}, got {value!r}.")
+        wanted += "" if most is None else f" and at most {most}"
+        raise ValueError(f"{name} must be {wanted}, got {value!r}.")

@@ -124,8 +124,7 @@ class Loop:
         optimizer = make_optimizer(self.config, trained, phase.learning_rate)
         schedule = make_schedule(self.config, optimizer, phase.steps)
         move = self.accelerator.num_processes > 1  # by itself, the model stays where the user has put it
-        stage = self.accelerator.prepare_model(phase.stage, device_placement=move)
-        optimizer = self.accelerator.prepare_optimizer(optimizer, device_placement=move)
+        stage, optimizer = self.accelerator.prepare(phase.stage, optimizer, device_placement=[move, move])
         averages = {} if average is None else dict(zip(phase.parameters, average.shadow_params, strict=True))
         weights = TrainedWeights(self.accelerator, self.parameters, averages)
         try:
@@ -205,8 +204,8 @@ class Loop:
         found = find_checkpoints(self.directory)
         kept = f"The last good checkpoint is {found[-1]}." if found else "There is no checkpoint yet."
         raise DivergedError(
-            f"The loss is not finite at step {len(self.rows) + 1} ({', '.join(names)}). {kept} Lower the learning rate, "
-            "or look for NaN in the samples; another recipe needs another output_dir."
+            f"The loss is not finite at step {len(self.rows) + 1} ({', '.join(names)}). {kept} Lower the learning "
+            "rate, or look for NaN in the samples; another recipe needs another output_dir."
         )
 
     def _batch(self, number: int, step: int, part: int) -> TrainingBatch:

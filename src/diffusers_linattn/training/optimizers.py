@@ -37,7 +37,8 @@ def make_optimizer(config: DistillConfig, parameters: Iterable[nn.Parameter], le
     try:
         return kind(parameters, **arguments)
     except TypeError as error:
-        raise ValueError(f"{kind.__name__} does not take these arguments: {error}. Got {sorted(arguments)}.") from error
+        given = ", ".join(sorted(arguments))
+        raise ValueError(f"{kind.__name__} does not take these arguments ({given}): {error}.") from error
 
 
 def make_schedule(config: DistillConfig, optimizer: Any, steps: int) -> Any:
@@ -57,12 +58,9 @@ def _optimizer_class(name: str) -> Any:
             return getattr(importlib.import_module(module), kind)
         except ImportError as error:
             raise ValueError(f"The optimizer {name} needs {package}: pip install {package}.") from error
-    found = {
-        kind.lower(): getattr(torch.optim, kind)
-        for kind in dir(torch.optim)
-        if isinstance(getattr(torch.optim, kind), type) and issubclass(getattr(torch.optim, kind), torch.optim.Optimizer)
-    }
-    found.pop("optimizer", None)
+    kinds = [kind for kind in vars(torch.optim).values() if isinstance(kind, type)]
+    found = {kind.__name__.lower(): kind for kind in kinds if issubclass(kind, torch.optim.Optimizer)}
+    del found["optimizer"]  # what they have in common
     if name.lower() not in found:
         names = sorted(kind.__name__ for kind in found.values())
         raise ValueError(f"Unknown optimizer {name!r}: expected one of {', '.join([*names, *OTHER_PACKAGES])}.")

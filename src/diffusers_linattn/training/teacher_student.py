@@ -62,8 +62,8 @@ class Stage(nn.Module):
 class AttentionTransfer(Stage):
     """Each layer by itself on the teacher's inputs, towards the teacher's attention output.
 
-    Errors are relative to the mean square of the teacher's output, so that layers weigh alike. There is no backward
-    pass through the network.
+    Errors are relative to the mean square of the teacher's output for each sample, so that layers weigh alike. There
+    is no backward pass through the network.
     """
 
     def forward(self, batch: TrainingBatch) -> dict[str, torch.Tensor]:
@@ -136,10 +136,16 @@ def recorded(layers: Sequence[Layer]) -> Iterator[dict[str, Record]]:
 def _relative_error(attn: Any, record: Record) -> torch.Tensor:
     outputs = _tensors(attn(*record.args, **record.kwargs))
     ratios = [
-        _mse(student, teacher) / teacher.float().square().mean().clamp_min(1e-12)
+        # Sample by sample, so that a batch counts the same however it is split.
+        (_mean_square(student.float() - teacher.float()) / _mean_square(teacher.float()).clamp_min(1e-12)).mean()
         for student, teacher in zip(outputs, record.outputs, strict=True)
     ]
     return torch.stack(ratios).sum()
+
+
+def _mean_square(x: torch.Tensor) -> torch.Tensor:
+    """(batch, ...) to (batch,)."""
+    return x.square().flatten(1).mean(1)
 
 
 def _tensors(output: Any) -> list[torch.Tensor]:

@@ -58,10 +58,10 @@ def _check_lora(model: nn.Module, layers: Sequence[Layer], rank: int) -> None:
     except ImportError as error:
         raise ValueError("trainable='lora' needs peft: pip install peft.") from error
     ranks = {lora.rank for layer in layers for lora in describe_lora(layer.attn, LORA_NAME).values()}
-    if ranks - {rank}:
+    if other := ranks - {rank}:
         raise ValueError(
-            f"The layers have a LoRA of rank {max(ranks - {rank})} already: give rank={max(ranks - {rank})} to train it "
-            "further, or restore() first."
+            f"The layers have a LoRA of rank {max(other)} already: give rank={max(other)} to train it further, or "
+            "restore() first."
         )
 
 

@@ -1,0 +1,124 @@
+"""Which layers to convert when some may stay dense: those that the mechanism can imitate best."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from diffusers_linattn.linearize import layers_of, linearize, restore, single_transformer_of
+from diffusers_linattn.processors import BaseProcessor
+from diffusers_linattn.samples import ONE_TRANSFORMER, Samples
+from diffusers_linattn.training.config import DistillConfig
+from diffusers_linattn.training.environment import accelerator_for
+from diffusers_linattn.training.loop import Loop, Phase
+from diffusers_linattn.training.objective import objective_of
+from diffusers_linattn.training.teacher_student import AttentionTransfer
+from diffusers_linattn.training.trainable import check_trainable, dtype_of, trained_parameters
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """What [`choose_layers`] found.
+
+    Args:
+        losses: The transfer loss of each layer by name: squared error relative to the teacher's attention output.
+        layers: The layers to convert, in the order of the model.
+        dense: The layers to leave as they are.
+        mapping: For [`linearize`]: the processor for the first, `None` for the second.
+    """
+
+    losses: dict[str, float]
+    layers: list[str]
+    dense: list[str]
+    mapping: dict[str, BaseProcessor | None]
+
+
+def choose_layers(
+    pipe: Any,
+    processor: BaseProcessor,
+    samples: Samples | str | Path,
+    keep: float = 0.5,
+    *,
+    steps: int = 100,
+    config: DistillConfig | None = None,
+    **options: Any,
+) -> LayerChoice:
+    """Find the layers whose attention a mechanism imitates best, by a short attention transfer of all of them.
+
+    Converting half of the layers costs little quality and all of them much, and layers differ (Grafting). Each layer is trained by itself on the teacher's inputs; the `keep` share with the largest loss over
+    the last quarter of the steps stays dense. The pipeline is left as it was.
+
+    Args:
+        pipe: A pipeline with its original attention.
+        processor: The mechanism, a template as for [`linearize`].
+        samples: What [`make_samples`] made, or its directory.
+        keep: Share of the layers that stay dense, from 0 up to but not including 1; rounded to whole layers.
+        steps: Steps of the transfer.
+        config: Settings of the transfer; `None` is the defaults of [`DistillConfig`].
+        options: Settings by name, as for [`distill`].
+
+    Returns:
+        The losses, the layers to convert, and the mapping for [`linearize`].
+
+    Raises:
+        ValueError: A pipeline that is converted already, a `keep` out of range or that leaves nothing to convert, or
+            what [`distill`] raises.
+
+    Example:
+        >>> choice = choose_layers(pipe, LinearProcessor(), "samples/", keep=0.5)  # doctest: +SKIP
+        >>> linearize(pipe, choice.mapping)  # doctest: +SKIP
+    """
+    options = {"checkpointing_steps": steps + 1, **options, "transfer_steps": steps, "steps": 0}
+    settings = DistillConfig.of(config, options)
+    model = single_transformer_of(pipe, ONE_TRANSFORMER)
+    converted = [layer.name for layer in layers_of(model) if layer.processor is not None]
+    if converted:
+        raise ValueError(
+            f"{len(converted)} layers are converted already ({converted[0]} …): choose_layers compares with the "
+            "original attention, restore(pipe) it first."
+        )
+    names = [layer.name for layer in layers_of(model)]
+    number_dense = _number_dense(keep, len(names))
+    samples = samples if isinstance(samples, Samples) else Samples(samples)
+    samples.check_fits(pipe)
+    linearize(model, processor)
+    try:
+        losses = _transfer_losses(pipe, model, samples, settings)
+    finally:
+        restore(model)
+    dense = set(sorted(names, key=lambda name: losses[name], reverse=True)[:number_dense])
+    return LayerChoice(
+        losses={name: losses[name] for name in names},
+        layers=[name for name in names if name not in dense],
+        dense=[name for name in names if name in dense],
+        mapping={name: None if name in dense else processor for name in names},
+    )
+
+
+def _transfer_losses(pipe: Any, model: Any, samples: Samples, config: DistillConfig) -> dict[str, float]:
+    layers = layers_of(model)
+    check_trainable(model, layers, config)
+    objective = objective_of(pipe)
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        accelerator_for(model, config, Path(directory)) as accelerator,
+        trained_parameters(model, layers, config) as parameters,
+    ):
+        stage = AttentionTransfer(model, layers, samples.call, config)
+        phase = Phase("transfer", stage, parameters, config.transfer_steps, config.transfer_learning_rate)
+        dtype = dtype_of(model, parameters)
+        rows = Loop(accelerator, config, samples, objective, parameters, Path(directory), dtype).run([phase], None)
+    last = rows[-max(1, len(rows) // 4) :]
+    return {layer.name: fmean(row[layer.name] for row in last) for layer in layers}
+
+
+def _number_dense(keep: float, layers: int) -> int:
+    if isinstance(keep, bool) or not isinstance(keep, int | float) or not 0 <= keep < 1:
+        raise ValueError(f"keep must be a share of the layers, at least 0 and below 1, got {keep!r}.")
+    number = round(keep * layers)
+    if number == layers:
+        raise ValueError(f"keep={keep} leaves none of the {layers} layers to convert: lower it.")
+    return number

@@ -1,0 +1,227 @@
+"""Softmax in a window plus linear attention over the whole picture, one denominator.
+
+Letters: B batch, H heads, N tokens, D value_dim, K features per head, G tokens in grids.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from diffusers_linattn.layout import TokenLayout
+from diffusers_linattn.ops import reference
+from diffusers_linattn.ops.checks import check_attention_inputs, check_choice, check_positive_int, repeat_heads
+from diffusers_linattn.ops.features import FeatureMapArgument, full_precision, resolve_feature_map
+from diffusers_linattn.ops.local import IMPLS, local_attention
+from diffusers_linattn.ops.masks import KeyMask, reduce_to_key_mask, take
+
+
+# The null key's count is this times its weight, which keeps the gradient of that weight in the range of fp16.
+NULL_COUNT = 64.0
+
+
+def hybrid_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: TokenLayout,
+    *,
+    window: int,
+    far_weight: torch.Tensor,
+    feature_map: FeatureMapArgument = "softmax",
+    temporal_window: int | None = None,
+    mask: torch.Tensor | None = None,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    impl: str | None = None,
+) -> torch.Tensor:
+    """Attention that is exact nearby and linear far away, at a cost linear in the image tokens.
+
+    A token of a grid weighs the keys that [`local_attention`] shows it (the text, and a disc of image tokens) with
+    exp(scale q·k), and besides them every token of all grids, those of the disc included, with λ c φ(q)·φ(k), under
+    one denominator. λ is learned per head: 0 gives `local_attention` (CLEAR, arXiv 2412.16112). The constant c, see
+    [`unit_mean_scale`], makes λ comparable between feature maps: λ = 0.1 weighs an average far token like a tenth of
+    a key of score 0. Text queries attend to everything by softmax. `ops.reference.hybrid_attention` is the
+    specification.
+
+    Args:
+        query: (batch, heads, tokens, head_dim), any floating dtype, which key, value and the output share.
+        key: (batch, heads, tokens, head_dim); fewer heads with `enable_gqa`.
+        value: (batch, heads, tokens, value_dim), as many heads as key.
+        layout: What the tokens are. Text, padding and references of unknown grid are text.
+        window: Radius of the disc in tokens, at least 1; strict, so 1 means the token itself.
+        far_weight: λ, (heads,), any floating dtype, on the query's device; must not be negative, which is not checked
+            because that would wait for the device.
+        feature_map: `"relu"`, `"elu"`, `"softmax"`, or a pair `(query_features, key_features)` of callables for a
+            learned map; see [`resolve_feature_map`].
+        temporal_window: For the disc: frames with `|t - t'| < temporal_window`; `None` sees all.
+        mask: Boolean (True = visible) or additive, broadcastable to (batch, heads, tokens, tokens), the same for every
+            grid query that sees anything. Queries that see nothing give 0. No gradient flows to it.
+        scale: Softmax scale, `None` is `head_dim ** -0.5`. Features are taken of query and key as they are.
+        enable_gqa: Whether key and value may have fewer heads than query.
+        impl: How the softmax part is computed: `"triton"` (head_dim at most 255, value_dim at most 254), `"tiled"` or
+            `"dense"`, see [`local_attention`], which chooses for `None`; or `"reference"` (all of it, quadratic).
+
+    Returns:
+        (batch, heads, tokens, value_dim) in the value's dtype. The softmax part is computed in that dtype, the linear
+        part and the sum of the two in fp32, or fp64 for fp64, whatever autocast says. In fp16 the softmax part loses
+        precision where all scores of a query are below about -10.
+
+    Raises:
+        ValueError: Shapes or dtypes that do not fit each other or the layout, a window below 1, an unknown
+            `feature_map` or `impl`, a mask that requires a gradient or shows different keys to different image
+            queries, or `"triton"` for a call or a device that it cannot answer.
+
+    Example:
+        >>> import torch
+        >>> from diffusers_linattn import TokenLayout, hybrid_attention
+        >>> layout = TokenLayout.joint(text=7, grid=(1, 12, 20))
+        >>> query, key, value = torch.randn(3, 1, 2, layout.length, 16)
+        >>> hybrid_attention(query, key, value, layout, window=4, far_weight=torch.tensor([0.0, 0.1])).shape
+        torch.Size([1, 2, 247, 16])
+    """
+    check_choice("impl", impl, (None, *IMPLS))
+    check_positive_int("window", window)
+    if temporal_window is not None:
+        check_positive_int("temporal_window", temporal_window)
+    check_attention_inputs(query, key, value, layout, mask, enable_gqa)
+    _check_far_weight(far_weight, query)
+    if mask is not None and mask.requires_grad:
+        raise ValueError("The mask requires a gradient, which hybrid_attention does not compute: pass mask.detach().")
+    key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
+    of_query, of_key = resolve_feature_map(feature_map)
+    key_mask = reduce_to_key_mask(mask, layout, query.dtype)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if not layout.grids:
+        with torch.autocast(query.device.type, enabled=False):
+            return local_attention(query, key, value, layout, window=window, mask=mask, scale=scale, impl=impl)
+
+    phi_q, phi_k = of_query(query), of_key(key)
+    far_weight = far_weight.to(phi_q.dtype) * unit_mean_scale(feature_map, phi_q.shape[-1])
+    with torch.autocast(query.device.type, enabled=False):
+        if impl == "reference":
+            output = reference.hybrid_attention(
+                full_precision(query),
+                full_precision(key),
+                full_precision(value),
+                layout,
+                far_weight=far_weight,
+                query_features=lambda _: phi_q,
+                key_features=lambda _: phi_k,
+                window=window,
+                temporal_window=temporal_window,
+                mask=mask,
+                scale=scale,
+            )
+        else:
+            near, null_weight = _attend_nearby(query, key, value, layout, window, temporal_window, mask, scale, impl)
+            far = phi_q @ (_grid_state(phi_k, value, layout, key_mask) * far_weight[:, None, None])
+            summed = near + far * null_weight
+            output, total = summed[..., :-1], summed[..., -1:]
+            nothing = total == 0
+            output = (output / total.masked_fill(nothing, 1)).masked_fill(nothing, 0)
+        return _zero_where_all_is_hidden(output, mask).to(value.dtype)
+
+
+def unit_mean_scale(feature_map: FeatureMapArgument, features: int) -> float:
+    """The constant c for which c φ(q)·φ(k) has the mean 1 over queries and keys of independent unit normals.
+
+    Maps given as callables are taken to sum to 1 over their features, as softmax and hedgehog do.
+
+    Args:
+        feature_map: What [`resolve_feature_map`] takes.
+        features: How many features φ has per head.
+
+    Example:
+        >>> unit_mean_scale("softmax", 64)
+        64.0
+    """
+    # The mean of φ for a unit normal, times the number of features where that is a constant.
+    mean = 1 / features
+    if feature_map == "relu":
+        mean = 1 / math.sqrt(2 * math.pi)
+    elif feature_map == "elu":  # x + 1 above 0, exp(x) below
+        mean = 1 / math.sqrt(2 * math.pi) + 0.5 + math.exp(0.5) * 0.5 * math.erfc(1 / math.sqrt(2))
+    return 1 / (features * mean**2)
+
+
+def _attend_nearby(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: TokenLayout,
+    window: int,
+    temporal_window: int | None,
+    mask: torch.Tensor | None,
+    scale: float,
+    impl: str | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sums of the softmax part and what a weight of 1 is beside them, for all queries.
+
+    Returns:
+        Σ exp(s) v and Σ exp(s) over the text and the window, (B, H, N, D + 1), and 1, (B, H, N, 1), all three divided
+        by the same positive number; in fp32 or fp64. For text queries the last is 0.
+    """
+    # One softmax over these keys and a null key, whose score the query chooses through one more channel. Two more
+    # columns of the values count the keys and the null key: the three sums come out divided by Σ exp(s) + exp(null),
+    # in range for every score and without scores in memory. The result does not depend on the null key's score. It is
+    # somewhat less than that of the query with its own key: of the order of the others, and most of the weight theirs.
+    head_dim, dim = query.shape[-1], value.shape[-1]
+    width = (max(head_dim + 1, dim + 2) + 7) // 8 * 8  # kernels want one width, a multiple of 8
+    own = scale * (full_precision(query) * full_precision(key)).sum(-1, keepdim=True).detach()
+    # Lower, the weight of the null key would underflow beside ordinary scores; higher, nothing changes.
+    channel = (own - 4).clamp(-2 if query.dtype == torch.float16 else -50, 60).to(query.dtype)
+    unit = key.new_full((*key.shape[:2], 1, 1), 1 / scale if scale else 0.0)
+    null_key = F.pad(unit, (head_dim, width - head_dim - 1))
+    null_value = F.pad(value.new_full((*value.shape[:2], 1, 1), NULL_COUNT), (dim + 1, width - dim - 2))
+    if mask is None and query.device.type == "cpu":
+        # Without a mask "tiled" blends two softmaxes there, which keeps the absolute precision of the null key's
+        # weight but not the relative one.
+        mask = query.new_zeros(1, 1, 1, layout.length)
+    out = local_attention(
+        F.pad(torch.cat([query, channel], -1), (0, width - head_dim - 1)),
+        F.pad(key, (0, width - head_dim)),
+        F.pad(F.pad(value, (0, 1), value=1.0), (0, width - dim - 1)),
+        layout,
+        window=window,
+        temporal_window=temporal_window,
+        pooled_key=null_key,
+        pooled_value=null_value,
+        mask=mask,
+        scale=scale,
+        impl=impl,
+    )
+    out = full_precision(out[..., : dim + 2])
+    null_score = scale * full_precision(channel) * full_precision(unit)
+    return out[..., :-1], out[..., -1:] * ((-null_score).exp() / NULL_COUNT)
+
+
+def _grid_state(
+    phi_k: torch.Tensor, value: torch.Tensor, layout: TokenLayout, key_mask: KeyMask | None
+) -> torch.Tensor:
+    """Σ φ(k) v and Σ φ(k) over all grids, (B, H, K, D + 1), in fp32 or fp64."""
+    if key_mask is not None:
+        phi_k = phi_k * key_mask.weights()
+    counted = F.pad(full_precision(take(value, layout.grids)), (0, 1), value=1.0)
+    return take(phi_k, layout.grids).transpose(-1, -2) @ counted
+
+
+def _zero_where_all_is_hidden(output: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """`output`, (B, H, N, D), with 0 for the queries that the mask shows nothing."""
+    if mask is None:
+        return output
+    while mask.ndim < 4:
+        mask = mask[None]
+    # Additive masks often hide with the lowest finite number instead of -inf.
+    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
+    return torch.where(seen.any(-1, keepdim=True), output, 0)
+
+
+def _check_far_weight(far_weight: torch.Tensor, query: torch.Tensor) -> None:
+    if far_weight.shape != query.shape[1:2] or not far_weight.is_floating_point():
+        raise ValueError(
+            f"far_weight must be one floating number for each of the {query.shape[1]} heads of query, got "
+            f"{tuple(far_weight.shape)} of {far_weight.dtype}: pass a tensor of shape ({query.shape[1]},)."
+        )
