@@ -51,6 +51,13 @@ def load_pipeline(options: argparse.Namespace) -> Any:
     return pipe.to(device)
 
 
+def is_main_process() -> bool:
+    """Whether this is the process that speaks, of all that `accelerate launch` has started."""
+    from accelerate import PartialState
+
+    return bool(PartialState().is_main_process)
+
+
 def add_attention(parser: argparse.ArgumentParser, loaded_by: str, loaded_help: str) -> None:
     """Which linear attention: a processor and its arguments, or one that was saved."""
     group = parser.add_argument_group("linear attention", "A processor with its arguments, or one that was saved.")
@@ -65,8 +72,7 @@ def add_attention(parser: argparse.ArgumentParser, loaded_by: str, loaded_help: 
     )
     group.add_argument("--weight-name", help=f"with {loaded_by}: one file of the repository, such as CLEAR's")
     for name, (hint, owners) in _processor_arguments().items():
-        help = f"{_explained(PROCESSORS[owners[0]], name)} [{', '.join(owners)}]"
-        add_flag(group, name, hint, help)
+        add_flag(group, name, hint, _explained_by(owners, name))
 
 
 def processor_of(options: argparse.Namespace) -> BaseProcessor | None:
@@ -218,7 +224,16 @@ def _argument_names(cls: type) -> list[str]:
     return list(inspect.signature(cls).parameters)
 
 
+def _explained_by(owners: list[str], name: str) -> str:
+    """What an argument means, for each processor that has it, where they differ."""
+    meanings: dict[str, list[str]] = {}
+    for kind in owners:
+        meanings.setdefault(_explained(PROCESSORS[kind], name), []).append(kind)
+    return "; ".join(f"{', '.join(kinds)}: {meaning}" for meaning, kinds in meanings.items())
+
+
 def _explained(cls: type, name: str) -> str:
     """The first sentence that a class's docstring says about an argument."""
     match = re.search(rf"^ {{8}}{name} \(.*?\): (.*?)(?=^ {{8}}\w|^\s*$)", cls.__doc__ or "", re.DOTALL | re.MULTILINE)
-    return "" if match is None else " ".join(match[1].replace("`", "").split()).split(". ")[0].rstrip(".")
+    sentence = "" if match is None else " ".join(match[1].replace("`", "").split()).split(". ")[0].rstrip(".")
+    return sentence[:1].lower() + sentence[1:]

@@ -14,6 +14,7 @@ from diffusers_linattn.cli.arguments import (
     add_flag,
     add_model,
     convert,
+    is_main_process,
     labels_if_classes,
     load_pipeline,
     processor_of,
@@ -76,7 +77,7 @@ def add_distill(parser: argparse.ArgumentParser) -> Run:
         convert(pipe, processor, options)
         prompts = labels_if_classes(pipe, config.validation_prompts)
         distill(pipe, samples, options.output_dir, dataclasses.replace(config, validation_prompts=prompts))
-        if _is_main_process():
+        if is_main_process():
             print(f"Saved to {options.output_dir}")
             if options.push_to_hub:
                 commit = push_folder(options.output_dir, options.push_to_hub)
@@ -110,9 +111,3 @@ def _default_of(field: dataclasses.Field[Any]) -> str:
     if isinstance(default, bool):
         return f"default: {'on' if default else 'off'}"
     return f"default: {default}"
-
-
-def _is_main_process() -> bool:
-    from accelerate import PartialState
-
-    return bool(PartialState().is_main_process)

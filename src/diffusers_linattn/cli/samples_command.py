@@ -12,11 +12,12 @@ from diffusers_linattn.cli.arguments import (
     add_model,
     call_of_options,
     class_labels,
+    is_main_process,
     load_pipeline,
     resolution,
 )
 from diffusers_linattn.cli.config_file import add_config_file
-from diffusers_linattn.samples import make_samples
+from diffusers_linattn.samples import encode_images, make_samples
 
 
 def add_samples(parser: argparse.ArgumentParser) -> Run:
@@ -32,7 +33,7 @@ def add_samples(parser: argparse.ArgumentParser) -> Run:
         "--images", metavar="DIR_OR_NAME", help="captioned pictures to encode instead: a folder, or a data set"
     )
     source.add_argument("--dataset-split", default="train", help="split of the data set (default: train)")
-    source.add_argument("--caption-column", default="text", help="column with the prompts (default: text)")
+    source.add_argument("--caption-column", metavar="NAME", help="column with the prompts (default: text)")
     output = parser.add_argument_group("samples")
     output.add_argument("--output-dir", type=Path, required=True, metavar="DIR", help="where they go")
     output.add_argument("--num-samples", type=int, default=10_000, metavar="N", help="(default: 10000)")
@@ -60,7 +61,8 @@ def add_samples(parser: argparse.ArgumentParser) -> Run:
         if options.images:
             _check_unused(options)
             images = options.images if Path(options.images).is_dir() else _load(options.images, options.dataset_split)
-            samples = _encode(load_pipeline(options), images, options, common)
+            pipe = load_pipeline(options)
+            samples = encode_images(pipe, images, options.output_dir, captions=options.caption_column, **common)
         else:
             prompts = options.prompts or options.classes or _column(options)
             samples = make_samples(
@@ -72,17 +74,10 @@ def add_samples(parser: argparse.ArgumentParser) -> Run:
                 num_inference_steps=options.num_inference_steps,
                 **common,
             )
-        print(f"{len(samples)} samples in {options.output_dir}")
+        if is_main_process():
+            print(f"{len(samples)} samples in {options.output_dir}")
 
     return run
-
-
-def _encode(pipe: Any, images: Any, options: argparse.Namespace, common: dict[str, Any]) -> Any:
-    from diffusers_linattn.samples import encode_images
-
-    if not isinstance(images, str):
-        common["captions"] = images[options.caption_column]
-    return encode_images(pipe, images, options.output_dir, **common)
 
 
 def _check_unused(options: argparse.Namespace) -> None:
@@ -93,11 +88,11 @@ def _check_unused(options: argparse.Namespace) -> None:
 
 def _column(options: argparse.Namespace) -> Any:
     dataset = _load(options.dataset, options.dataset_split)
-    if options.caption_column not in dataset.column_names:
-        raise ValueError(
-            f"{options.dataset} has no column {options.caption_column!r}; it has {', '.join(dataset.column_names)}."
-        )
-    return dataset[options.caption_column]
+    column = options.caption_column or "text"
+    if column not in dataset.column_names:
+        names = ", ".join(dataset.column_names)
+        raise ValueError(f"{options.dataset} has no column {column!r}, it has {names}: give --caption-column.")
+    return dataset[column]
 
 
 def _load(name: str, split: str) -> Any:

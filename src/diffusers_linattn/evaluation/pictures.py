@@ -170,11 +170,8 @@ def prompts_of(samples: Samples) -> list[Prompt]:
 def call_of(samples: Samples) -> dict[str, Any]:
     """The arguments that samples were made with; of several resolutions the first."""
     settings = samples.manifest["settings"]
-    arguments = dict(settings.get("call_arguments") or {})
-    for name in ("guidance_scale", "num_inference_steps"):
-        if settings.get(name) is not None:
-            arguments[name] = settings[name]
-    if settings.get("resolutions"):
+    arguments = dict(settings["call_arguments"])
+    if settings["resolutions"]:
         arguments["height"], arguments["width"] = settings["resolutions"][0]
     return arguments
 
@@ -194,8 +191,9 @@ def _check_call(arguments: Mapping[str, Any], pipe: Any, kind: str) -> None:
         raise ValueError(
             f"call_arguments has {', '.join(taken)}, which follow from the prompts and seeds: leave it out."
         )
-    unknown = sorted(set(arguments) - set(call_parameters(pipe)))
-    if unknown:
+    known = call_parameters(pipe)
+    unknown = sorted(set(arguments) - set(known))
+    if unknown and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
         raise ValueError(f"call_arguments has {', '.join(unknown)}, which {type(pipe).__name__} does not take.")
 
 
