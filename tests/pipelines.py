@@ -111,10 +111,20 @@ def dit() -> Any:
 
 def qwen_image() -> Any:
     transformer = CASES["QwenImageTransformer2DModel"].make()
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKLQwenImage(
+        base_dim=4,
+        z_dim=2,
+        dim_mult=[1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False],
+        latents_mean=[0.2, -0.1],
+        latents_std=[1.5, 0.8],
+    )
     pipe = pipeline(
         diffusers.QwenImagePipeline,
         scheduler=flow(),
-        vae=None,
+        vae=vae.eval(),
         text_encoder=None,
         tokenizer=None,
         transformer=transformer,

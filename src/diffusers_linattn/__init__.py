@@ -2,6 +2,7 @@
 
 from diffusers_linattn.choose_layers import choose_layers
 from diffusers_linattn.distill import distill
+from diffusers_linattn.evaluate import evaluate
 from diffusers_linattn.hub import find_linear_attention, push_linear_attention
 from diffusers_linattn.layout import TokenLayout
 from diffusers_linattn.linearize import linearize, original_attention, restore
@@ -26,6 +27,7 @@ __all__ = [
     "__version__",
     "choose_layers",
     "distill",
+    "evaluate",
     "find_linear_attention",
     "gated_linear_attention",
     "hybrid_attention",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +11,18 @@ import torch
 from diffusers_linattn.generation import call_parameters, generate_latents
 from diffusers_linattn.linearize import original_attention
 from diffusers_linattn.ops.checks import check_positive_int
-from diffusers_linattn.samples.conditioning import shard_name, size_arguments, size_name
-from diffusers_linattn.samples.plan import check_disk, conditioning_jobs, make_plan
-from diffusers_linattn.samples.reading import MANIFEST_NAME, Samples
+from diffusers_linattn.samples.conditioning import Size, size_arguments
+from diffusers_linattn.samples.filling import Source, fill_directory
+from diffusers_linattn.samples.reading import Samples
 from diffusers_linattn.samples.recorder import Recorder
 from diffusers_linattn.samples.settings import (
     FORMAT_VERSION,
-    SETTINGS_NAME,
     Assignment,
     as_json,
     describe_pipeline,
-    open_directory,
     read_prompts,
     read_sizes,
 )
-from diffusers_linattn.samples.shards import read_shard
-from diffusers_linattn.samples.work import Content, Job, complete, remove_locks, write_together
 
 
 def make_samples(
@@ -95,100 +91,24 @@ def make_samples(
             "model": describe_pipeline(pipe),
         }
     )
-    maker = _Maker(pipe, Assignment(settings), call, batch_size)
-    return fill_directory(Path(directory), recorder, settings, maker.jobs)
+    return fill_directory(Path(directory), recorder, _Generated(pipe, Assignment(settings), batch_size))
 
 
-def fill_directory(
-    directory: Path,
-    recorder: Recorder,
-    settings: dict[str, Any],
-    sample_jobs: Callable[[dict[str, Any]], list[Job]],
-) -> Samples:
-    """Make whatever of a directory of samples is not there yet.
+class _Generated(Source):
+    """Latents that the pipeline makes."""
 
-    Args:
-        directory: The directory.
-        recorder: Of the pipeline.
-        settings: What decides the samples, as JSON.
-        sample_jobs: From the plan to the files of samples.
-    """
-    assignment = Assignment(settings)
-    content = open_directory(directory, settings)
-    if content is None:
-        content = {"settings": settings, "plan": make_plan(recorder, assignment)}
-    plan = content["plan"]
-    check_disk(directory, assignment, plan)
-    if not (directory / SETTINGS_NAME).exists():
-        write_together(directory, SETTINGS_NAME, content)
-    conditioning, samples = conditioning_jobs(recorder, assignment, plan), sample_jobs(plan)
-    complete(directory, conditioning, "prompts", "prompt")
-    complete(directory, samples, "samples", "sample")
-    digests = {job.name: read_shard(directory / job.name).digest for job in conditioning + samples}
-    write_together(directory, MANIFEST_NAME, {"format_version": FORMAT_VERSION, **content, "shards": digests})
-    remove_locks(directory)
-    return Samples(directory)
-
-
-class _Maker:
-    """Makes the files of samples."""
-
-    def __init__(self, pipe: Any, assignment: Assignment, call_arguments: dict[str, Any], batch_size: int):
-        self.pipe, self.assignment, self.batch_size = pipe, assignment, batch_size
-        self.call_arguments = call_arguments
-        default = call_parameters(pipe).get("guidance_scale")
-        self.guidance_scale = call_arguments.get("guidance_scale", default.default if default else None)
-
-    def jobs(self, plan: dict[str, Any]) -> list[Job]:
-        """One job for each file."""
-        size, total = plan["samples_per_shard"], self.assignment.num_samples
-
-        def job(number: int, indices: range) -> Job:
-            return Job(shard_name("samples", number), len(indices), lambda made: self.content(indices, plan, made))
-
-        starts = range(0, total, size)
-        return [job(number, range(start, min(start + size, total))) for number, start in enumerate(starts)]
-
-    def content(self, indices: Sequence[int], plan: dict[str, Any], made: Callable[[int], Any]) -> Content:
-        """The tensors and the record of one file: batches are formed inside of it, so that files are independent."""
-        assignment = self.assignment
-        groups: dict[tuple[int, int], list[int]] = {}
-        for index in indices:
-            groups.setdefault(assignment.size(index), []).append(index)
-        tensors: dict[str, torch.Tensor] = {}
-        for size, group in groups.items():
-            shape = plan["latent_shapes"][size_name(size)]
-            for start in range(0, len(group), self.batch_size):
-                chosen = group[start : start + self.batch_size]
-                for index, latents in zip(chosen, self._generate(chosen, size), strict=True):
-                    tensors[f"latents.{index}"] = latents.reshape(shape).clone()
-                made(len(chosen))
-        records = [
-            {
-                "index": index,
-                "prompt": assignment.prompts[assignment.prompt(index)],
-                "seed": assignment.seed(index),
-                "resolution": list(assignment.size(index)),
-                "guidance_scale": self.guidance_scale,
-            }
-            for index in indices
-        ]
-        return tensors, {"samples": records}
-
-    def _generate(self, indices: Sequence[int], size: tuple[int, int]) -> torch.Tensor:
+    def latents(self, indices: Sequence[int], size: Size, shape: Sequence[int]) -> torch.Tensor:
         assignment = self.assignment
         with original_attention(self.pipe):
-            latents = generate_latents(
+            return generate_latents(
                 self.pipe,
                 [assignment.prompts[assignment.prompt(index)] for index in indices],
                 [assignment.seed(index) for index in indices],
-                **self.call_arguments,
+                **assignment.settings["call_arguments"],
                 **size_arguments(size),
-            ).cpu()
-        for index, sample in zip(indices, latents, strict=True):
-            if not sample.isfinite().all():
-                raise ValueError(
-                    f"Sample {index} ({assignment.prompts[assignment.prompt(index)]!r}) is not finite: the pipeline "
-                    "gives NaN or infinity in this dtype or at these settings; bfloat16 or float32 may help."
-                )
-        return latents
+            )
+
+    def record(self, index: int) -> dict[str, Any]:
+        default = call_parameters(self.pipe).get("guidance_scale")
+        scale = self.assignment.settings["call_arguments"].get("guidance_scale", default.default if default else None)
+        return {"seed": self.assignment.seed(index), "guidance_scale": scale}

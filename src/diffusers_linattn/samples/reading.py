@@ -16,7 +16,7 @@ from diffusers_linattn.samples.arguments import form, together, unpack
 from diffusers_linattn.samples.conditioning import shard_name, size_name
 from diffusers_linattn.samples.model_call import ModelCall
 from diffusers_linattn.samples.settings import FORMAT_VERSION, Assignment, check_model
-from diffusers_linattn.samples.shards import Shard, broken_shards, read_shard
+from diffusers_linattn.samples.shards import broken_shards, read_shard
 
 
 MANIFEST_NAME = "manifest.json"
@@ -177,10 +177,10 @@ class Samples:
         number = -1 if null else self._assignment.prompt(index)
         if (number, size) not in self._forms:
             name, packed = self._conditioning(index, null)
-            shard: Shard = self._shards[name]
-            shape = str(self._plan["latent_shapes"][size])
-            of_arguments = form(packed, shard.shapes.__getitem__, self._plan["places"], self._plan["padding"])
-            self._forms[number, size] = (shape, of_arguments)
+            shapes = self._shards[name].shapes
+            of_arguments = form(packed, shapes.__getitem__, self._plan["places"], self._plan["padding"])
+            # The resolution as well: lists with an entry per sample may hold what is of one resolution alone.
+            self._forms[number, size] = (size, of_arguments)
         return self._forms[number, size]
 
     @cached_property

@@ -115,6 +115,26 @@ class Recorder:
                 handle.remove()
         return run
 
+    def until_decoding(self, vae: Any, prompt: Any, arguments: dict[str, Any]) -> torch.Tensor:
+        """Run the pipeline until it decodes, and return what the VAE is given."""
+        found: list[torch.Tensor] = []
+
+        def stop(latents: torch.Tensor, *_: Any, **__: Any) -> None:
+            found.append(latents)
+            raise _Stop
+
+        before = vars(vae).get("decode")
+        vae.decode = stop
+        try:
+            self._until_stop([prompt], arguments, [0])
+        finally:
+            del vae.decode
+            if before is not None:
+                vae.decode = before
+        if not found:
+            raise ValueError(f"{type(self.pipe).__name__} did not decode its latents with its VAE.")
+        return found[0]
+
     def _until_stop(self, prompts: Sequence[Any], arguments: dict[str, Any], seeds: Sequence[int]) -> None:
         try:
             call_pipeline(self.pipe, prompts, seeds, self.call_arguments | arguments)

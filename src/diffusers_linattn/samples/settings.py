@@ -95,7 +95,9 @@ def read_prompts(prompts: Any, num_samples: int, of_classes: bool, num_classes: 
         raise ValueError(f"prompts is a {type(prompts).__name__}, expected a list, a text file or a dataset's column.")
     distinct: dict[Any, None] = {}
     for i, prompt in enumerate(prompts):
-        distinct[_label(prompt, i, num_classes) if of_classes else check_prompt(prompt, f"prompts[{i}]")] = None
+        distinct[
+            check_label(prompt, f"prompts[{i}]", num_classes) if of_classes else check_prompt(prompt, f"prompts[{i}]")
+        ] = None
         if len(distinct) == num_samples:
             break
     if not distinct:
@@ -108,6 +110,18 @@ def check_prompt(prompt: Any, where: str) -> str:
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError(f"{where} is {prompt!r}, expected a prompt: a string that is not empty.")
     return prompt
+
+
+def check_label(label: Any, where: str, num_classes: int | None) -> int:
+    """Raise unless a class label is one of the model's."""
+    expected = "a class label, an integer" + (f" from 0 to {num_classes - 1}" if num_classes else "")
+    try:
+        number = operator.index(label)
+    except TypeError:
+        number = -1
+    if isinstance(label, bool) or number < 0 or (num_classes and number >= num_classes):
+        raise ValueError(f"{where} is {label!r}, expected {expected}.")
+    return number
 
 
 def read_sizes(resolutions: Any) -> list[list[int]]:
@@ -226,14 +240,3 @@ def _public(config: Any) -> dict[str, Any]:
     # JSON has no infinity, which DPMSolverMultistepScheduler has in its defaults.
     kept = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in kept.items()}
     return json.loads(json.dumps(kept, default=str))
-
-
-def _label(label: Any, i: int, num_classes: int | None) -> int:
-    expected = "a class label, an integer" + (f" from 0 to {num_classes - 1}" if num_classes else "")
-    try:
-        number = operator.index(label)
-    except TypeError:
-        number = -1
-    if isinstance(label, bool) or number < 0 or (num_classes and number >= num_classes):
-        raise ValueError(f"prompts[{i}] is {label!r}, expected {expected}.")
-    return number

@@ -1,49 +1,16 @@
-"""The command line: `diffusers-linattn push|pull|info`."""
+"""`diffusers-linattn push|pull|info`: linear attention on the Hub."""
 
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from diffusers_linattn.cli.arguments import Run
 from diffusers_linattn.hub import download, push_folder
 from diffusers_linattn.sharing.summary import summarize
-from diffusers_linattn.version import __version__
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command.
-
-    Args:
-        arguments: Without the name of the program; `None` takes those of the process.
-
-    Returns:
-        The exit status: 0, 1 after an error that was explained, 2 for arguments that make no sense.
-    """
-    parser = argparse.ArgumentParser(
-        prog="diffusers-linattn", description="Linear-cost attention for the diffusion transformers of diffusers."
-    )
-    parser.add_argument("--version", action="version", version=f"diffusers-linattn {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    # A command: a function that adds its arguments to a parser and returns what runs them.
-    for name, add in COMMANDS.items():
-        described = (add.__doc__ or "").strip()
-        command = commands.add_parser(name, help=described, description=described)
-        command.set_defaults(run=add(command))
-    options = parser.parse_args(arguments)
-    try:
-        options.run(options)
-    except (OSError, ValueError) as error:
-        print(f"{parser.prog} {options.command}: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-Run = Callable[[argparse.Namespace], None]
-
-
-def _add_push(parser: argparse.ArgumentParser) -> Run:
+def add_push(parser: argparse.ArgumentParser) -> Run:
     """Publish a folder of save_linear_attention or distill on the Hub, in one commit, with a model card."""
     parser.add_argument("directory", type=Path, help="the folder")
     parser.add_argument("repo", help="the repository, such as me/flux-clear-w16; made if it does not exist")
@@ -78,7 +45,7 @@ def _add_push(parser: argparse.ArgumentParser) -> Run:
     return run
 
 
-def _add_pull(parser: argparse.ArgumentParser) -> Run:
+def add_pull(parser: argparse.ArgumentParser) -> Run:
     """Download linear attention, check its files, and print the folder they are in."""
     _add_place(parser)
     parser.add_argument("--output", type=Path, metavar="DIRECTORY", help="copy the files there; else the cache")
@@ -98,7 +65,7 @@ def _add_pull(parser: argparse.ArgumentParser) -> Run:
     return run
 
 
-def _add_info(parser: argparse.ArgumentParser) -> Run:
+def add_info(parser: argparse.ArgumentParser) -> Run:
     """Say what linear attention converts, for which model and how large it is, without downloading the weights."""
     _add_place(parser)
 
@@ -129,10 +96,3 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--variant", help="such as fp16")
     # A token on the command line is seen by every process of the machine: the usual places are better.
     parser.add_argument("--token", help="instead of HF_TOKEN and `hf auth login`, which do not show in process lists")
-
-
-COMMANDS: dict[str, Callable[[argparse.ArgumentParser], Run]] = {
-    "push": _add_push,
-    "pull": _add_pull,
-    "info": _add_info,
-}

@@ -1,0 +1,1 @@
+"""Pictures of pipelines on the same seeds, measures of how close they are, and the report."""
