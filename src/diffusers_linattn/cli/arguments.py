@@ -12,6 +12,7 @@ from types import NoneType
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 
 from diffusers_linattn.generation import prompt_argument
 from diffusers_linattn.linearize import linearize
@@ -37,7 +38,6 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 def load_pipeline(options: argparse.Namespace) -> Any:
     """The pipeline of `--model`, on its device."""
     from accelerate import PartialState
-    from diffusers import DiffusionPipeline
 
     try:
         device = torch.device(options.device) if options.device else PartialState().device
@@ -46,7 +46,7 @@ def load_pipeline(options: argparse.Namespace) -> Any:
     on_gpu = device.type not in ("cpu", "mps")
     dtype = DTYPES[options.dtype] if options.dtype else torch.bfloat16 if on_gpu else torch.float32
     pipe = DiffusionPipeline.from_pretrained(
-        options.model, torch_dtype=dtype, revision=options.revision, variant=options.variant
+        options.model, dtype=dtype, revision=options.revision, variant=options.variant
     )
     return pipe.to(device)
 
