@@ -44,7 +44,8 @@ from diffusers_linattn.samples import Samples
 
 SAMPLES, BATCH, PICTURES, INFERENCE_STEPS = 416, 16, 104, 20
 STEPS = 150  # of the transfer, and as many end to end
-LEARNING_RATES = {"transfer_learning_rate": 1e-3, "learning_rate": 6e-4}
+# The teachers were never trained without a prompt.
+TRAINING = {"transfer_learning_rate": 1e-3, "learning_rate": 6e-4, "prompt_dropout": 0.0}
 CHOICE_STEPS = 50
 
 
@@ -58,19 +59,19 @@ class Student:
 
 
 STUDENTS = {
-    "window 4": Student(ClearProcessor(window=4)),
-    "window 2": Student(ClearProcessor(window=2)),
-    "window 4, pooled by 4": Student(ClearProcessor(window=4, down_factor=4)),
-    "window 2, pooled by 4": Student(ClearProcessor(window=2, down_factor=4)),
-    "linear relu": Student(LinearProcessor()),
-    "linear softmax": Student(LinearProcessor(feature_map="softmax")),
-    "linear hedgehog": Student(LinearProcessor(feature_map="hedgehog")),
-    "linear relu, projections reset": Student(LinearProcessor(reset_projections=True)),
-    "gated": Student(GLAProcessor()),
     "hybrid 4": Student(HybridProcessor(window=4)),
+    "window 4": Student(ClearProcessor(window=4)),
+    "linear relu": Student(LinearProcessor()),
     "hybrid 2": Student(HybridProcessor(window=2)),
+    "window 2": Student(ClearProcessor(window=2)),
+    "linear hedgehog": Student(LinearProcessor(feature_map="hedgehog")),
     "linear relu, chosen half": Student(LinearProcessor(), "chosen half"),
     "linear relu, every second layer": Student(LinearProcessor(), "every second"),
+    "window 4, pooled by 4": Student(ClearProcessor(window=4, down_factor=4)),
+    "window 2, pooled by 4": Student(ClearProcessor(window=2, down_factor=4)),
+    "gated": Student(GLAProcessor()),
+    "linear softmax": Student(LinearProcessor(feature_map="softmax")),
+    "linear relu, projections reset": Student(LinearProcessor(reset_projections=True)),
     "linear relu, transfer only": Student(LinearProcessor(), options={"transfer_steps": 2 * STEPS, "steps": 0}),
     "linear relu, end to end only": Student(LinearProcessor(), options={"transfer_steps": 0, "steps": 2 * STEPS}),
     "linear relu, LoRA of rank 16": Student(LinearProcessor(), options={"trainable": "lora", "rank": 16}),
@@ -85,7 +86,7 @@ def convert(pipe: Any, student: Student, samples: Samples) -> dict[str, Any]:
         return {"layers": names[::2]}
     if student.layers == "chosen half":
         choice = choose_layers(
-            pipe, student.processor, samples, keep=0.5, steps=CHOICE_STEPS, batch_size=BATCH, **LEARNING_RATES
+            pipe, student.processor, samples, keep=0.5, steps=CHOICE_STEPS, batch_size=BATCH, **TRAINING
         )
         linearize(pipe, choice.mapping)
         return {"layers": choice.layers, "layer_losses": choice.losses, "choice_steps": CHOICE_STEPS}
@@ -96,7 +97,7 @@ def convert(pipe: Any, student: Student, samples: Samples) -> dict[str, Any]:
 def train(pipe: Any, student: Student, samples: Samples, directory: Path) -> dict[str, Any]:
     """Distil a converted pipeline; the losses at the end, and the seconds it took."""
     shutil.rmtree(directory, ignore_errors=True)
-    options = {"transfer_steps": STEPS, "steps": STEPS, "batch_size": BATCH, **LEARNING_RATES, **student.options}
+    options = {"transfer_steps": STEPS, "steps": STEPS, "batch_size": BATCH, **TRAINING, **student.options}
     started = time.perf_counter()
     curves = distill(pipe, samples, directory, **options)
     seconds = time.perf_counter() - started

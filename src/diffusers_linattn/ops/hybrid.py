@@ -118,7 +118,7 @@ def hybrid_attention(
         else:
             near, null_weight = _attend_nearby(query, key, value, layout, window, temporal_window, mask, scale, impl)
             far = phi_q @ (_grid_state(phi_k, value, layout, key_mask) * far_weight[:, None, None])
-            summed = near + far * null_weight
+            summed = torch.addcmul(near, far, null_weight)
             output, total = summed[..., :-1], summed[..., -1:]
             nothing = total == 0
             output = (output / total.masked_fill(nothing, 1)).masked_fill(nothing, 0)
