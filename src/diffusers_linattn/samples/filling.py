@@ -14,7 +14,7 @@ from diffusers_linattn.samples.reading import MANIFEST_NAME, Samples
 from diffusers_linattn.samples.recorder import Recorder
 from diffusers_linattn.samples.settings import FORMAT_VERSION, SETTINGS_NAME, Assignment, open_directory
 from diffusers_linattn.samples.shards import read_shard
-from diffusers_linattn.samples.work import Content, Job, complete, remove_locks, write_together
+from diffusers_linattn.samples.work import Content, Job, complete, tidy_up, write_together
 
 
 class Source:
@@ -107,5 +107,5 @@ def fill_directory(directory: Path, recorder: Recorder, source: Source) -> Sampl
     complete(directory, samples, "samples", "sample")
     digests = {job.name: read_shard(directory / job.name).digest for job in conditioning + samples}
     write_together(directory, MANIFEST_NAME, {"format_version": FORMAT_VERSION, **content, "shards": digests})
-    remove_locks(directory)
+    tidy_up(directory)
     return Samples(directory)

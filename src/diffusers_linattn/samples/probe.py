@@ -46,6 +46,11 @@ def read_model_call(recorder: Recorder, prompt: Any, arguments: dict[str, Any]) 
             f"{pipeline} calls its transformer {len(run.calls)} times in {len(run.steps)} steps without guidance: "
             "expected once a step."
         )
+    if not all(output.isfinite().all() for output in run.outputs):
+        raise ValueError(
+            f"{transformer} gives NaN or infinity for {prompt!r}, expected finite numbers: bfloat16 or float32 may "
+            "help."
+        )
     changing = [name for name in run.calls[0] if first_difference(run.calls[0][name], run.calls[1][name]) is not None]
     latents = [name for name in changing if _one_tensor(run.calls[0][name]) is not None]
     timesteps = [name for name in changing if _number(run.calls[0][name]) is not None]

@@ -20,7 +20,9 @@ from diffusers_linattn.files import read_json, write_json
 from diffusers_linattn.samples.shards import broken_shards, is_whole, write_shard
 
 
-_LOCKS = ".locks"
+# Locks, and files that are not whole yet. Each file has a folder of its own there, which a killed process leaves
+# behind and the next one to hold the lock of that file removes.
+_WORK = ".work"
 _SECONDS_BETWEEN_LOOKS = 0.2
 
 Content = tuple[dict[str, torch.Tensor], dict[str, Any]]
@@ -78,8 +80,8 @@ def _done(directory: Path, job: Job, was_broken: bool, update: Callable[[int], A
                 if not found():
                     if path.exists():
                         warnings.warn(f"{path} is truncated or altered: it is made again.", stacklevel=2)
-                    _remove_leftovers(path)
-                    write_shard(path, *job.make(update))
+                    content = job.make(update)
+                    _move_into_place(path, lambda unfinished: write_shard(unfinished, *content))
                     return True
         except Timeout:
             return False
@@ -97,14 +99,13 @@ def write_together(directory: Path, name: str, content: Any) -> None:
     if not is_there():
         with lock(directory, name, wait=True):
             if not is_there():
-                _remove_leftovers(path)
-                write_json(path, content)
+                _move_into_place(path, lambda unfinished: write_json(unfinished, content))
 
 
 @contextmanager
 def lock(directory: Path, name: str, wait: bool) -> Iterator[None]:
     """Holds a lock that dies with its process; `Timeout` if another has it and `wait` is false."""
-    path = directory / _LOCKS / f"{name}.lock"
+    path = directory / _WORK / f"{name}.lock"
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -116,15 +117,19 @@ def lock(directory: Path, name: str, wait: bool) -> Iterator[None]:
         yield
 
 
-def remove_locks(directory: Path) -> None:
-    """Remove the locks' files, when there is nothing left to lock."""
-    shutil.rmtree(directory / _LOCKS, ignore_errors=True)
+def tidy_up(directory: Path) -> None:
+    """Remove the locks, when there is nothing left to lock."""
+    shutil.rmtree(directory / _WORK, ignore_errors=True)
 
 
-def _remove_leftovers(path: Path) -> None:
-    """Temporary files of processes that were killed while they wrote this file, whose lock is held."""
-    for leftover in path.parent.glob(f".{path.name}.*"):
-        leftover.unlink(missing_ok=True)
+def _move_into_place(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` make a file, and move it to where it belongs; its lock is held."""
+    folder = path.parent / _WORK / path.name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    write(folder / path.name)
+    (folder / path.name).replace(path)
+    folder.rmdir()
 
 
 def _place_among_processes() -> tuple[int, int, bool]:
