@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{parser.prog} {command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as interrupt:
-        print(f"{parser.prog} {command}: {interrupt or 'Stopped.'}", file=sys.stderr)
+        print(f"{parser.prog} {command}: {str(interrupt) or 'Stopped.'}", file=sys.stderr)
         return 128 + signal.SIGINT
     return 0
 

@@ -12,6 +12,9 @@ from types import NoneType
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env, patch_environment
+from diffusers import DiffusionPipeline
 
 from diffusers_linattn.generation import prompt_argument
 from diffusers_linattn.linearize import linearize
@@ -36,25 +39,34 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 def load_pipeline(options: argparse.Namespace) -> Any:
     """The pipeline of `--model`, on its device."""
-    from accelerate import PartialState
-    from diffusers import DiffusionPipeline
-
-    try:
-        device = torch.device(options.device) if options.device else PartialState().device
-    except RuntimeError as error:
-        raise ValueError(f"--device {options.device!r}: {error}") from error
+    device = start_process(options).device
     on_gpu = device.type not in ("cpu", "mps")
     dtype = DTYPES[options.dtype] if options.dtype else torch.bfloat16 if on_gpu else torch.float32
     pipe = DiffusionPipeline.from_pretrained(
-        options.model, torch_dtype=dtype, revision=options.revision, variant=options.variant
+        options.model, dtype=dtype, revision=options.revision, variant=options.variant
     )
     return pipe.to(device)
 
 
+def start_process(options: argparse.Namespace) -> PartialState:
+    """What accelerate knows of this process and of the others that it runs with, on the device of `--device`.
+
+    Raises:
+        ValueError: No device of that name.
+    """
+    try:
+        on_cpu = options.device is not None and torch.device(options.device).type == "cpu"
+    except RuntimeError as error:
+        raise ValueError(f"--device {options.device!r}: {error}") from error
+    # accelerate has to be told of CPUs before it looks, or each of several processes believes to be alone.
+    on_cpu = on_cpu or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    given = {} if options.device is None else {"ACCELERATE_TORCH_DEVICE": options.device}
+    with patch_environment(**given):
+        return PartialState(cpu=on_cpu)
+
+
 def is_main_process() -> bool:
     """Whether this is the process that speaks, of all that `accelerate launch` has started."""
-    from accelerate import PartialState
-
     return bool(PartialState().is_main_process)
 
 

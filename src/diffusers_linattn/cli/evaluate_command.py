@@ -17,6 +17,7 @@ from diffusers_linattn.cli.arguments import (
     load_pipeline,
     processor_of,
     resolution,
+    start_process,
 )
 from diffusers_linattn.cli.config_file import add_config_file
 from diffusers_linattn.evaluate import evaluate
@@ -60,7 +61,8 @@ def add_evaluate(parser: argparse.ArgumentParser) -> Run:
         prompts = options.prompts or options.classes
         if prompts is None and samples is None:
             raise ValueError("No prompts: give --prompts FILE, --classes or --samples DIR.")
-        _check_one_process()
+        if start_process(options).num_processes > 1:
+            raise ValueError("evaluate runs in one process: start it without a launcher.")
         pipe = load_pipeline(options)
         convert(pipe, processor, options)
         result = evaluate(
@@ -88,10 +90,3 @@ def _call(options: argparse.Namespace) -> dict[str, Any]:
     if options.resolution:
         arguments["height"], arguments["width"] = options.resolution
     return arguments
-
-
-def _check_one_process() -> None:
-    from accelerate import PartialState
-
-    if PartialState().num_processes > 1:
-        raise ValueError("evaluate runs in one process: start it without accelerate launch.")
