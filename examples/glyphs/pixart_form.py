@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from boards import LETTERS, all_specs, prompt
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
-from text import TOKENS, WIDTH, TextEncoders
+from text import TOKENS, WIDTH, TextEncoders, build_t5_tokenizer, separation
 from torch import nn
 
 
@@ -44,7 +44,7 @@ def build_pipeline(
     vae: AutoencoderKL, text: TextEncoders, transformer: PixArtTransformer2DModel
 ) -> PixArtSigmaPipeline:
     return PixArtSigmaPipeline(
-        tokenizer=text.t5_tokenizer,
+        tokenizer=build_t5_tokenizer(lower=True),
         text_encoder=text.t5,
         vae=vae,
         transformer=transformer,
@@ -67,6 +67,8 @@ class Data:
     def prepare(cls, pipeline: PixArtSigmaPipeline, latents: torch.Tensor) -> Data:
         prompts = [prompt(letter) for letter in LETTERS]
         embeddings, mask, _, _ = pipeline.encode_prompt(prompts, False, max_sequence_length=TOKENS)
+        if separation(embeddings) < 0.1:
+            raise ValueError("The pipeline's text encoder does not tell the letters apart.")
         letters = torch.tensor([spec.letter for spec in all_specs()])
         # This pipeline knows no shift of the latents.
         latents = latents + pipeline.vae.config.shift_factor * pipeline.vae.config.scaling_factor

@@ -44,9 +44,11 @@ def build_clip_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=indices, merges=merges, model_max_length=TOKENS)
 
 
-def build_t5_tokenizer() -> T5Tokenizer:
+def build_t5_tokenizer(lower: bool = False) -> T5Tokenizer:
+    """The words of the prompts; `lower` for pipelines that put prompts in lower case, as PixArt's do."""
+    letters = [letter.lower() for letter in LETTERS] if lower else LETTERS
     vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -10.0), ("▁", -5.0)]
-    vocabulary += [(f"▁{word}", -1.0) for word in (*WORDS, *LETTERS)]
+    vocabulary += [(f"▁{word}", -1.0) for word in (*WORDS, *letters)]
     return T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=TOKENS)
 
 
