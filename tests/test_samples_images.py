@@ -141,9 +141,10 @@ def test_captions_in_one_file(folder: Path, tmp_path: Path) -> None:
 
 def test_a_dataset(folder: Path, tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
-    rows = {"image": [Image.open(folder / f"{i}.png") for i in range(5)], "text": CAPTIONS}
-    columns = datasets.Features(image=datasets.Image(), text=datasets.Value("string"))
-    dataset = datasets.Dataset.from_dict(rows, features=columns)
+    rows = [json.dumps({"file_name": f"{i}.png", "text": caption}) for i, caption in enumerate(CAPTIONS)]
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
+    splits = datasets.load_dataset("imagefolder", data_dir=str(folder), cache_dir=str(tmp_path / "cache"))
+    dataset = splits["train"]
     pipe = tiny.flux_pipeline()
     samples = encode_images(pipe, dataset, tmp_path / "dataset", **CALL)
     same = encode_images(pipe, folder, tmp_path / "folder", **CALL)
@@ -152,7 +153,7 @@ def test_a_dataset(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="columns are image, text; expected one of captions: title"):
         encode_images(pipe, dataset, tmp_path / "other", captions="title", **CALL)
     with pytest.raises(ValueError, match="holds several splits"):
-        encode_images(pipe, datasets.DatasetDict(train=dataset), tmp_path / "other", **CALL)
+        encode_images(pipe, splits, tmp_path / "other", **CALL)
     prompts = make_samples(pipe, dataset["text"], tmp_path / "prompts", 4, call_arguments=CALL["call_arguments"])
     assert [prompts.prompt_of(i) for i in range(4)] == ["a cat", "a dog", "the red cat", "a cat"]
 
