@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -89,6 +90,8 @@ def generate_images(
     images = output[0]
     if isinstance(images, list | tuple) and images and all(isinstance(image, torch.Tensor) for image in images):
         images = torch.stack(list(images))
+    if isinstance(images, np.ndarray):  # DiTPipeline of older releases: channels last
+        images = torch.from_numpy(images).movedim(-1, -3)
     if not isinstance(images, torch.Tensor) or len(images) != len(latents):
         raise ValueError(
             f"{type(pipe).__name__} returned a {type(images).__name__} for output_type='pt', expected a tensor with "
