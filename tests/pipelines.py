@@ -103,12 +103,6 @@ def sd3() -> Any:
     )
 
 
-def dit() -> Any:
-    pipe = tiny.dit_pipeline()
-    pipe.scheduler = diffusers.DDPMScheduler(clip_sample=False)
-    return pipe
-
-
 def qwen_image() -> Any:
     transformer = CASES["QwenImageTransformer2DModel"].make()
     torch.manual_seed(0)
@@ -278,7 +272,7 @@ PIPELINES: dict[str, PipelineCase] = {
         {**SHORT, "use_resolution_binning": False, "clean_caption": False},
         scale=1.0,
     ),
-    "DiT": PipelineCase(dit, scale=1.0, prompts=(3, 7, 999), sizes=()),
+    "DiT": PipelineCase(tiny.dit_pipeline, scale=1.0, prompts=(3, 7, 999), sizes=()),
     "Qwen-Image": PipelineCase(qwen_image, SHORT),
     "HiDream": PipelineCase(hidream, scale=1.0, sign=-1.0),
     "Z-Image": PipelineCase(z_image, SHORT, scale=-0.001, offset=1.0, sign=-1.0),

@@ -353,6 +353,18 @@ def test_large_scores(kind, name, impl):
 
 
 @by_impl
+def test_a_window_whose_scores_are_all_beyond_the_range_of_exp(impl):
+    layout = LAYOUTS["77 text first"]
+    query, key, value, far_weight = inputs_with(layout)
+    axis = torch.nn.functional.normalize(torch.ones(16), dim=0)
+    query, key = query * 0.5 - 440 * axis, key * 0.01 + axis
+    assert (query @ key.transpose(-1, -2) / 4).max() < -104  # exp gives 0 in fp32
+    output = ours(layout, impl=impl)(query, key, value, far_weight)
+    exact = spec(layout)(*(x.double() for x in (query, key, value, far_weight)))
+    torch.testing.assert_close(output.double(), exact, atol=1e-4, rtol=0)  # scores of 110 are rounded to 1e-5
+
+
+@by_impl
 @pytest.mark.parametrize("shift", [-15, -5, 5, 15])
 def test_fp16_stays_in_range(shift, impl):
     """Scores of a token with itself that are far from the others'."""

@@ -37,7 +37,7 @@ LAYERS = [
     {"weights", "evaluation"},
     {"evaluate"},
     {"training"},
-    {"distill", "hub"},
+    {"choose_layers", "distill", "hub"},
     {"cli"},
     {"__init__", "__main__"},
 ]

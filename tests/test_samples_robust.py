@@ -9,7 +9,6 @@ import random
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+def environment() -> dict[str, str]:
+    source = str(Path(plan.__file__).parents[2])
+    return {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([source, str(HERE)])}
+
+
 @pytest.fixture(scope="module")
 def start() -> Any:
     """Starts a process that makes samples, forked from one that has imported everything."""
@@ -50,6 +54,12 @@ def start() -> Any:
         process.start()
         return process
 
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment().items():
+            patch.setenv(name, value)
+        process = context.Process(target=len, args=("",))
+        process.start()
+        wait(process)  # until everything is imported
     return start
 
 
@@ -114,8 +124,7 @@ def test_two_processes_share_the_work(whole: Path, tmp_path: Path, start: Any) -
 
 @pytest.mark.slow
 def test_accelerate_launch(whole: Path, tmp_path: Path) -> None:
-    source = str(Path(plan.__file__).parents[2])
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([source, str(HERE)])}
+    env = {**os.environ, **environment()}
     launch = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", "--mixed_precision", "no"]
     command = [sys.executable, *launch, str(HERE / "samples_process.py"), str(tmp_path / "launched")]
     result = subprocess.run(command, env=env, text=True, capture_output=True, timeout=300)

@@ -36,14 +36,15 @@ from diffusers_linattn import (
     linearize,
     make_samples,
 )
-from diffusers_linattn.evaluate import Evaluation
+from diffusers_linattn.files import write_json
 from diffusers_linattn.linearize import layers_of
 from diffusers_linattn.processors import BaseProcessor
 from diffusers_linattn.samples import Samples
 
 
 SAMPLES, BATCH, PICTURES, INFERENCE_STEPS = 416, 16, 104, 20
-STEPS = 150  # of the transfer, and as many end to end
+STEPS = 100  # of the transfer, and as many end to end
+SHOWN = 8  # pictures in the sheet
 # The teachers were never trained without a prompt.
 TRAINING = {"transfer_learning_rate": 1e-3, "learning_rate": 6e-4, "prompt_dropout": 0.0}
 CHOICE_STEPS = 50
@@ -120,27 +121,35 @@ class Experiment:
     def score(self, images: torch.Tensor, prompts: list[Any]) -> dict[str, float]:
         return self.judge.score(images, [letter_of(prompt) for prompt in prompts])
 
-    def evaluate(self, pipe: Any, name: str, **options: Any) -> Evaluation:
+    def evaluate(self, pipe: Any, name: str, **options: Any) -> dict[str, dict[str, float]]:
+        """The table of one pipeline; its first pictures are kept for the sheet."""
         asked = [PROMPTS[i % len(PROMPTS)] for i in range(PICTURES)]
         result = evaluate(
-            pipe, asked, name=name, batch_size=26, metrics=[self.score], call_arguments=self.call, **options
+            pipe,
+            asked,
+            name=name,
+            reference=self.reference,
+            batch_size=26,
+            metrics=[self.score],
+            call_arguments=self.call,
+            **options,
         )
         self.reference = result.reference
-        return result
+        for row, pictures in result.pictures.items():
+            self.work.mkdir(parents=True, exist_ok=True)
+            torch.save(pictures.stills[:SHOWN].clone(), self.work / f"{row}.pt")
+        return result.rows
 
     def keep(self, name: str, row: dict[str, Any]) -> None:
         self.rows[name] = row
         self.output.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(".students.json")
-        partial.write_text(json.dumps(self.rows, indent=2) + "\n")
-        os.replace(partial, self.path)
+        write_json(self.path, self.rows)
 
-    def run(self, names: list[str]) -> None:
-        pipe = self.teacher.load()
+    def samples(self) -> Samples:
         call = dict(self.call)
         resolution = (call.pop("height"), call.pop("width"))
-        samples = make_samples(
-            pipe,
+        return make_samples(
+            self.teacher.load(),
             PROMPTS,
             self.work / "samples",
             num_samples=SAMPLES,
@@ -150,31 +159,25 @@ class Experiment:
             num_inference_steps=call.pop("num_inference_steps"),
             call_arguments=call,
         )
+
+    def run(self, names: list[str]) -> None:
+        samples = self.samples()
         for name in [name for name in names if name not in self.rows]:
             print(f"\n{name}", flush=True)
             student, pipe = STUDENTS[name], self.teacher.load()
             noted = convert(pipe, student, samples)
+            untrained = f"untrained: {student.processor!r}, {student.layers}"
             first = self.reference is None
-            untrained = self.evaluate(pipe, "untrained", reference=self.reference, other_seed=first)
-            if first:
-                self.keep("teacher", untrained.rows["reference"])
-                self.keep("teacher, other seeds", untrained.rows["reference, other seed"])
+            if first or untrained not in self.rows:
+                table = self.evaluate(pipe, "untrained", other_seed=first)
+                if first:
+                    self.keep("teacher", table["reference"])
+                    self.keep("teacher, other seeds", table["reference, other seed"])
+                self.keep(untrained, table["untrained"])
             trained = train(pipe, student, samples, self.work / "student")
-            result = self.evaluate(pipe, name, reference=self.reference)
-            result.save(self.work / name)
-            self.keep(
-                name,
-                {
-                    **result.rows[name],
-                    "untrained": untrained.rows["untrained"],
-                    "processor": repr(student.processor),
-                    **noted,
-                    **trained,
-                    "threads": torch.get_num_threads(),
-                    "torch": torch.__version__,
-                    "machine": platform.machine(),
-                },
-            )
+            result = self.evaluate(pipe, name)[name]
+            machine = {"threads": torch.get_num_threads(), "torch": torch.__version__, "machine": platform.machine()}
+            self.keep(name, {**result, "untrained": untrained, **noted, **trained, **machine})
 
 
 def main() -> None:

@@ -48,8 +48,9 @@ def choose_layers(
 ) -> LayerChoice:
     """Find the layers whose attention a mechanism imitates best, by a short attention transfer of all of them.
 
-    Converting half of the layers costs little quality and all of them much, and layers differ (Grafting). Each layer is trained by itself on the teacher's inputs; the `keep` share with the largest loss over
-    the last quarter of the steps stays dense. The pipeline is left as it was.
+    Converting half of the layers costs little quality and all of them much, and layers differ (Grafting). Each layer
+    is trained by itself on the teacher's inputs; the `keep` share with the largest loss over the last quarter of the
+    steps stays dense. The pipeline is left as it was.
 
     Args:
         pipe: A pipeline with its original attention.

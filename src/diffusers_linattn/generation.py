@@ -121,19 +121,29 @@ def call_parameters(pipe: Any) -> dict[str, inspect.Parameter]:
 
 
 def call_pipeline(
-    pipe: Any, prompts: Sequence[str] | Sequence[int], seeds: Sequence[int], call_arguments: dict[str, Any]
+    pipe: Any,
+    prompts: Sequence[str] | Sequence[int],
+    generators: Sequence[torch.Generator],
+    call_arguments: dict[str, Any],
 ) -> Any:
-    """Call a pipeline for these prompts, a generator for each; its own progress bar is silent meanwhile."""
-    if len(prompts) != len(seeds) or not prompts:
-        raise ValueError(f"Got {len(prompts)} prompts and {len(seeds)} seeds, expected one seed per prompt.")
+    """Call a pipeline for these prompts, with a generator for each.
+
+    Its progress bar is silent meanwhile, and what it draws without a generator leaves the global one as it was.
+    """
     known = call_parameters(pipe)
     unknown = sorted(call_arguments.keys() - known.keys())
     if unknown and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
         raise ValueError(f"{type(pipe).__name__} takes no {unknown[0]}: expected some of {', '.join(known)}.")
-    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    arguments = {prompt_argument(pipe): list(prompts), "generator": generators, **call_arguments}
-    with _silent(pipe):
+    arguments = {prompt_argument(pipe): list(prompts), "generator": list(generators), **call_arguments}
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with _silent(pipe), torch.random.fork_rng(devices=devices):
+        torch.manual_seed(generators[0].initial_seed())
         return pipe(**arguments)
+
+
+def generators_of(seeds: Sequence[int]) -> list[torch.Generator]:
+    """One generator for each seed, on the CPU, where seeds mean the same on every machine."""
+    return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
 
 
 def scheduler_of(pipe: Any) -> Any:
@@ -149,8 +159,15 @@ def scheduler_of(pipe: Any) -> Any:
 
 
 @contextmanager
-def caught_steps(pipe: Any, catch: Callable[[Step], None]) -> Iterator[None]:
+def caught_steps(
+    pipe: Any, catch: Callable[[Step], None], generators: Sequence[torch.Generator] = ()
+) -> Iterator[None]:
     """Within this context every step of the pipeline's scheduler is shown to `catch`.
+
+    Args:
+        pipe: The pipeline.
+        catch: Called after each step.
+        generators: One for each sample, for schedulers that draw noise in pipelines that do not pass them on.
 
     Raises:
         ValueError: The pipeline has no scheduler.
@@ -159,14 +176,18 @@ def caught_steps(pipe: Any, catch: Callable[[Step], None]) -> Iterator[None]:
     original: Any = type(scheduler).step
     signature = inspect.signature(original)
     before = vars(scheduler).get("step")
+    call = scheduler.step
 
     @functools.wraps(original)  # pipelines look at the signature
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self is not scheduler:
             return original(self, *args, **kwargs)
-        output = original(self, *args, **kwargs) if before is None else before(*args, **kwargs)
-        given = signature.bind(self, *args, **kwargs).arguments
-        catch(Step(given["model_output"], given["timestep"], given["sample"], output[0]))
+        given = signature.bind(self, *args, **kwargs)
+        latents = given.arguments["sample"]
+        if "generator" in signature.parameters and given.arguments.get("generator") is None and generators:
+            given.arguments["generator"] = _repeated(generators, len(latents))
+        output = call(*given.args[1:], **given.kwargs)
+        catch(Step(given.arguments["model_output"], given.arguments["timestep"], latents, output[0]))
         return output
 
     # A method, not a function: in a copy that a pipeline makes of its scheduler it is bound to the copy.
@@ -179,16 +200,29 @@ def caught_steps(pipe: Any, catch: Callable[[Step], None]) -> Iterator[None]:
             scheduler.step = before
 
 
+def _repeated(generators: Sequence[torch.Generator], rows: int) -> list[torch.Generator]:
+    """A generator for each row of a batch that may hold all samples twice, which then draw the same."""
+    copies = []
+    for i in range(len(generators), rows):
+        copy = torch.Generator("cpu")
+        copy.set_state(generators[i % len(generators)].get_state())
+        copies.append(copy)
+    return [*generators, *copies]
+
+
 def _generate(
     pipe: Any, prompts: Sequence[str] | Sequence[int], seeds: Sequence[int], call_arguments: dict[str, Any]
 ) -> tuple[torch.Tensor, Any]:
+    if len(prompts) != len(seeds) or len(prompts) == 0:
+        raise ValueError(f"Got {len(prompts)} prompts and {len(seeds)} seeds, expected one seed per prompt.")
     last: list[torch.Tensor] = []
 
     def keep(step: Step) -> None:
         last[:] = [step.result]
 
-    with caught_steps(pipe, keep):
-        output = call_pipeline(pipe, prompts, seeds, call_arguments)
+    generators = generators_of(seeds)
+    with caught_steps(pipe, keep, generators):
+        output = call_pipeline(pipe, prompts, generators, call_arguments)
     found = last[0] if last else None
     # Some pipelines step the conditional and the unconditional half of a doubled batch alike.
     if found is None or len(found) not in (len(prompts), 2 * len(prompts)):

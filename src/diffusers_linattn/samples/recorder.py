@@ -11,7 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffusers_linattn.generation import Step, call_parameters, call_pipeline, caught_steps, prompt_argument
+from diffusers_linattn.generation import (
+    Step,
+    call_parameters,
+    call_pipeline,
+    caught_steps,
+    generators_of,
+    prompt_argument,
+)
 from diffusers_linattn.linearize import original_attention, single_transformer_of
 from diffusers_linattn.samples.model_call import output_of
 
@@ -83,7 +90,7 @@ class Recorder:
         handle = module.register_forward_pre_hook(stop, prepend=True, with_kwargs=True)
         try:
             with _uncompiled(module):
-                self._until_stop(prompts, arguments, [seed] * len(prompts))
+                self._until_stop(prompts, arguments, seed)
         finally:
             handle.remove()
         if not found:
@@ -109,7 +116,7 @@ class Recorder:
         handles = [module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]
         try:
             with original_attention(self.pipe), _uncompiled(module), caught_steps(self.pipe, stepped):
-                self._until_stop([prompt], arguments, [0])
+                self._until_stop([prompt], arguments)
         finally:
             for handle in handles:
                 handle.remove()
@@ -126,7 +133,7 @@ class Recorder:
         before = vars(vae).get("decode")
         vae.decode = stop
         try:
-            self._until_stop([prompt], arguments, [0])
+            self._until_stop([prompt], arguments)
         finally:
             del vae.decode
             if before is not None:
@@ -135,9 +142,9 @@ class Recorder:
             raise ValueError(f"{type(self.pipe).__name__} did not decode its latents with its VAE.")
         return found[0]
 
-    def _until_stop(self, prompts: Sequence[Any], arguments: dict[str, Any], seeds: Sequence[int]) -> None:
+    def _until_stop(self, prompts: Sequence[Any], arguments: dict[str, Any], seed: int = 0) -> None:
         try:
-            call_pipeline(self.pipe, prompts, seeds, self.call_arguments | arguments)
+            call_pipeline(self.pipe, prompts, generators_of([seed] * len(prompts)), self.call_arguments | arguments)
         except _Stop:
             self.pipe.maybe_free_model_hooks()  # as at the end of a call: models go back to where they wait
 

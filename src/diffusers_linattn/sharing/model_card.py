@@ -40,6 +40,7 @@ PAPERS = {
         "2405.18428",
     ),
 }
+PAPERS["hybrid"] = PAPERS["clear"]  # whose window it is; the linear part is in no paper
 _SEAL = re.compile(r"\n<!-- written by diffusers-linattn, edit it and it will be kept: ([0-9a-f]{16}) -->\s*$")
 
 

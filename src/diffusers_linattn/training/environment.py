@@ -70,7 +70,7 @@ def model_options(model: Any, config: DistillConfig) -> Iterator[None]:
         if checkpointing:
             model.enable_gradient_checkpointing()
         if config.compile:
-            model.compile_repeated_blocks()
+            model.compile_repeated_blocks(dynamic=True)  # samples differ in size
         yield
     finally:
         if checkpointing:

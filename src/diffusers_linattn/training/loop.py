@@ -23,7 +23,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from diffusers_linattn.files import write_atomically
-from diffusers_linattn.samples import Samples
+from diffusers_linattn.samples import Batch, Samples
 from diffusers_linattn.training.checkpoints import TrainedWeights, find_checkpoints, read_position, write_checkpoint
 from diffusers_linattn.training.config import DistillConfig
 from diffusers_linattn.training.objective import Objective, draw
@@ -226,11 +226,11 @@ class Loop:
         latents = batch.latents.float()
         drawn = draw(latents, generators, places, whole, config.timestep_sampling)
         timesteps = self.objective.timesteps(drawn.level)
+        noisy = self.objective.noisy(latents, drawn.noise, timesteps)
+        target = self.objective.target(latents, drawn.noise, timesteps)
         device = self.accelerator.device
-        arguments = _to(batch.arguments, device, self.dtype)
-        noisy = self.objective.noisy(latents, drawn.noise, timesteps).to(device, self.dtype)
-        target = self.objective.target(latents, drawn.noise, timesteps).to(device)
-        return TrainingBatch(noisy, timesteps.to(device), target, arguments)
+        ready = Batch(noisy, batch.arguments).to(device, self.dtype)
+        return TrainingBatch(ready.latents, timesteps.to(device), target.to(device), ready.arguments)
 
     def _dropped_prompts(self, generator: random.Random, indices: Sequence[int]) -> list[bool]:
         """Which samples of a batch are trained without their prompt: each by itself, or all where shapes differ."""
@@ -318,14 +318,3 @@ def _random_state_kept() -> Iterator[None]:
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
-
-
-def _to(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """Nested arguments on the device, floating-point tensors in the model's dtype."""
-    if isinstance(value, torch.Tensor):
-        return value.to(device, dtype if value.is_floating_point() else None)
-    if isinstance(value, Mapping):
-        return {name: _to(part, device, dtype) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_to(part, device, dtype) for part in value)
-    return value
