@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -73,11 +74,7 @@ class _Folder:
         return len(self.files)
 
     def open(self, index: int) -> Image.Image:
-        path = self.folder / self.files[index]
-        try:
-            return Image.open(path)
-        except OSError as error:
-            raise ValueError(f"{path} is no picture that can be read: {error}.") from error
+        return Image.open(self.folder / self.files[index])
 
     def caption(self, index: int) -> Any:
         return self.captions[self.files[index]]
@@ -159,7 +156,7 @@ def nearest_sizes(pictures: Pictures, sizes: Sequence[list[int]]) -> list[list[i
     """For each picture the `(height, width)` whose aspect ratio is nearest to its own."""
     found = []
     for index in tqdm(range(len(pictures)), desc="looking at pictures", unit="picture", leave=False):
-        with pictures.open(index) as picture:
+        with _readable(pictures, index) as picture:
             width, height = picture.size
             if picture.getexif().get(0x0112, 1) >= 5:  # turned by a quarter
                 width, height = height, width
@@ -171,10 +168,16 @@ def nearest_sizes(pictures: Pictures, sizes: Sequence[list[int]]) -> list[list[i
 def read_picture(pictures: Pictures, index: int, size: tuple[int, int]) -> torch.Tensor:
     """A picture that fills `size`, cut at its centre: `(3, height, width)` in [-1, 1], fp32."""
     height, width = size
-    try:
-        with pictures.open(index) as picture:
-            upright = ImageOps.exif_transpose(picture).convert("RGB")
-    except OSError as error:
-        raise ValueError(f"Picture {pictures.name(index)} cannot be read: {error}.") from error
+    with _readable(pictures, index) as picture:
+        upright = ImageOps.exif_transpose(picture).convert("RGB")
     fitted = ImageOps.fit(upright, (width, height), method=Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+@contextmanager
+def _readable(pictures: Pictures, index: int) -> Iterator[Image.Image]:
+    try:
+        with pictures.open(index) as picture:
+            yield picture
+    except OSError as error:
+        raise ValueError(f"The picture {pictures.name(index)} cannot be read: {error}.") from error
