@@ -4,19 +4,17 @@
 
 Takes the FLUX-architecture pipeline in examples/glyphs, makes its attention linear, distils the attention layers on
 samples that the pipeline makes itself, saves the result, loads it into a fresh pipeline, and compares: original,
-swapped but untrained, distilled. Leaves quickstart.png and quickstart.json in the output folder.
+swapped but untrained, distilled. Leaves evaluation.json, evaluation.md and grid.png in the output folder.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
+from typing import Any
 
-import torch
 from diffusers import FluxPipeline
-from PIL import Image, ImageDraw
 
 
 GLYPHS = Path(__file__).resolve().parent / "glyphs"
@@ -30,12 +28,13 @@ from diffusers_linattn import (  # noqa: E402
     GLAProcessor,
     LinearProcessor,
     distill,
+    evaluate,
     linearize,
     load_linear_attention,
     make_samples,
     status,
 )
-from diffusers_linattn.evaluate import closeness, generate  # noqa: E402
+from diffusers_linattn.evaluate import Evaluation  # noqa: E402
 
 
 CALL = {"height": 128, "width": 128, "max_sequence_length": 8, "num_inference_steps": 20}
@@ -52,27 +51,6 @@ def load_pipeline() -> FluxPipeline:
     return pipe
 
 
-def contact_sheet(rows: dict[str, torch.Tensor], count: int) -> Image.Image:
-    """One labelled row of pictures per pipeline, the same seeds below each other."""
-    size, gap, margin = next(iter(rows.values())).shape[-1], 6, 78
-    sheet = Image.new("RGB", (margin + count * (size + gap), len(rows) * (size + gap) + gap), "#909090")
-    draw = ImageDraw.Draw(sheet)
-    for row, (name, images) in enumerate(rows.items()):
-        top = gap + row * (size + gap)
-        draw.text((6, top + size // 2), name, fill="black")
-        for column, image in enumerate(images[:count]):
-            pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-            sheet.paste(Image.fromarray(pixels), (margin + column * (size + gap), top))
-    return sheet
-
-
-def print_table(table: dict[str, dict[str, float]]) -> None:
-    columns = list(next(iter(table.values())))
-    print("\n" + f"{'':<12}" + "".join(f"{column:>12}" for column in columns))
-    for name, row in table.items():
-        print(f"{name:<12}" + "".join(f"{row[column]:>12.3f}" for column in columns))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("quickstart"), help="folder for samples, weights, picture")
@@ -87,15 +65,16 @@ def main() -> None:
     arguments = parser.parse_args()
 
     prompts = [f"the letter {letter}" for letter in LETTERS]
-    asked = [LETTERS[i % len(LETTERS)] for i in range(arguments.pictures)]
-    compared = [f"the letter {letter}" for letter in asked]
-    pictures, table = {}, {}
+    judge = Judge.load()
+
+    def judged(images: Any, asked: list[str]) -> dict[str, float]:
+        return judge.score(images, [prompt[-1] for prompt in asked])
 
     pipe = load_pipeline()
-    original_latents, original_images = pictures["original"] = generate(pipe, compared, seed=0, **CALL)
-
     linearize(pipe, PROCESSORS[arguments.processor](arguments))
-    pictures["swapped"] = generate(pipe, compared, seed=0, **CALL)
+    swapped = evaluate(
+        pipe, prompts, num_images=arguments.pictures, batch_size=8, call_arguments=CALL, metrics=[judged]
+    )
     print(status(pipe))
 
     samples = make_samples(
@@ -120,17 +99,12 @@ def main() -> None:
     )
 
     student = load_linear_attention(load_pipeline(), arguments.output / "student")
-    pictures["distilled"] = generate(student, compared, seed=0, **CALL)
+    distilled = evaluate(student, reference=swapped.reference, batch_size=8, metrics=[judged])
 
-    judge = Judge.load()
-    for name, (latents, images) in pictures.items():
-        table[name] = closeness(latents, images, original_latents, original_images) | judge.score(images, asked)
-    print_table(table)
-    contact_sheet({name: images for name, (_, images) in pictures.items()}, 8).save(
-        arguments.output / "quickstart.png"
-    )
-    (arguments.output / "quickstart.json").write_text(json.dumps(table, indent=2) + "\n")
-    print(f"\nPicture: {arguments.output / 'quickstart.png'}   Weights: {arguments.output / 'student'}")
+    table = Evaluation.join({"swapped": swapped, "distilled": distilled})
+    table.save(arguments.output)
+    print("\n" + table.to_markdown())
+    print(f"\nPictures: {arguments.output / 'grid.png'}   Weights: {arguments.output / 'student'}")
 
 
 if __name__ == "__main__":

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import ast
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from PIL import Image
+
+from diffusers_linattn import load_linear_attention
+from diffusers_linattn.evaluation.pictures import call_of
+from diffusers_linattn.samples import Samples
+
+import tiny
 
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -21,13 +32,13 @@ def test_quickstart(processor: str, tmp_path: Path) -> None:
     numbers = {"--samples": 26, "--transfer-steps": 20, "--steps": 4, "--batch-size": 4, "--pictures": 8}
     arguments = [str(part) for item in numbers.items() for part in item]
     subprocess.run([*map(str, command), *arguments], check=True, cwd=tmp_path)
-    table = json.loads((tmp_path / "quickstart.json").read_text())
-    assert list(table) == ["original", "swapped", "distilled"]
-    assert table["original"]["latent_mse"] == 0
+    table = json.loads((tmp_path / "evaluation.json").read_text())["rows"]
+    assert set(table) == {"reference", "swapped", "distilled"}
+    assert table["reference"]["latent_mse"] == 0
     # So few steps do not bring every number closer, but the pictures already resemble letters more.
     assert table["distilled"]["frechet"] < table["swapped"]["frechet"]
     assert table["swapped"]["ssim"] < table["distilled"]["ssim"] < 1
-    assert (tmp_path / "quickstart.png").stat().st_size > 1000
+    assert (tmp_path / "grid.png").stat().st_size > 1000
     assert (tmp_path / "student" / "linear_attention.safetensors").exists()
 
 
@@ -40,3 +51,84 @@ def test_the_flux_example_is_short_and_parses() -> None:
 def test_the_pipeline_in_the_repository_is_small() -> None:
     size = sum(path.stat().st_size for path in (EXAMPLES / "glyphs").rglob("*") if path.is_file())
     assert size < 10e6
+
+
+@pytest.mark.slow
+def test_distill_stopped_goes_on_to_the_same_end(tmp_path: Path) -> None:
+    """In the manner of the scripts of diffusers: checkpoints, at most so many, and resuming from the latest."""
+    tiny.flux_pipeline().save_pretrained(tmp_path / "pipeline")
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\nthe red letter\n")
+
+    def command(output: str) -> list[str]:
+        flags: dict[str, Any] = {
+            "pretrained_model_name_or_path": tmp_path / "pipeline",
+            "prompts": tmp_path / "prompts.txt",
+            "output_dir": tmp_path / output,
+            "num_samples": 4,
+            "height": 24,
+            "width": 32,
+            "num_inference_steps": 2,
+            "processor": "clear",
+            "window": 2,
+            "down_factor": 2,
+            "train_batch_size": 2,
+            "transfer_steps": 6,
+            "max_train_steps": 50,
+            "gradient_accumulation_steps": 2,
+            "learning_rate": 1e-3,
+            "lr_scheduler": "constant_with_warmup",
+            "lr_warmup_steps": 2,
+            "checkpointing_steps": 4,
+            "checkpoints_total_limit": 1,
+            "validation_prompt": "a cat",
+            "validation_steps": 28,
+            "num_images": 2,
+        }
+        given = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+        return [sys.executable, str(EXAMPLES / "distill.py"), "--gradient_checkpointing", *given]
+
+    subprocess.run(command("whole"), check=True, capture_output=True, timeout=500)
+    student = tmp_path / "broken" / "student"
+    process = subprocess.Popen(command("broken"), stderr=subprocess.PIPE, text=True)
+    while not (student / "metrics.jsonl").exists() or len((student / "metrics.jsonl").read_text().splitlines()) < 10:
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "Traceback" not in errors
+    (checkpoint,) = student.glob("checkpoint-*")
+    number = int(checkpoint.name.split("-")[1])
+    assert number == len((student / "metrics.jsonl").read_text().splitlines()) >= 10
+    assert {path.name for path in checkpoint.iterdir()} >= {"trained.safetensors", "optimizer.bin", "position.json"}
+    assert not (student / "linear_attention.safetensors").exists()
+    result = subprocess.run(command("broken"), check=True, capture_output=True, text=True, timeout=500)
+    assert "| student |" in result.stdout
+    weights = [
+        (tmp_path / name / "student" / "linear_attention.safetensors").read_bytes() for name in ("whole", "broken")
+    ]
+    assert weights[0] == weights[1]
+    assert not list(student.glob("checkpoint-*"))
+    for name in ("whole", "broken"):
+        folder = tmp_path / name
+        assert Image.open(folder / "student" / "validation" / "step-000028.png").height > 24
+        assert {path.name for path in (folder / "evaluation").iterdir()} == {
+            "evaluation.json",
+            "evaluation.md",
+            "grid.png",
+        }
+    assert call_of(Samples(tmp_path / "whole" / "samples"))["height"] == 24
+    pipe = load_linear_attention(tiny.flux_pipeline(), student)
+    with torch.no_grad():
+        assert pipe.transformer(**tiny.flux_inputs())[0].isfinite().all()
+
+
+def test_the_training_example_is_short_and_explains_itself() -> None:
+    path = EXAMPLES / "distill.py"
+    assert len(path.read_text().splitlines()) < 150
+    result = subprocess.run([sys.executable, path, "--help"], check=True, capture_output=True, text=True)
+    assert "accelerate launch examples/distill.py" in result.stdout
+    command = [sys.executable, path, "--pretrained_model_name_or_path", "x", "--prompts", "y", "--push_to_hub"]
+    refused = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "--push_to_hub needs --hub_model_id" in refused.stderr

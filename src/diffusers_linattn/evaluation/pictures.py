@@ -80,8 +80,6 @@ def draw_pictures(pipe: Any, request: Request, progress: Any) -> Pictures:
     with _kept_as_is(pipe):
         for start in range(0, count, size):
             chosen = slice(start, min(start + size, count))
-            # Some pipelines draw the noise of their steps without the generator (DiT with a DDPM scheduler).
-            torch.manual_seed(request.seeds[start])
             made = generate_images(pipe, request.prompts[chosen], request.seeds[chosen], **request.call_arguments)  # type: ignore[arg-type]
             latents.append(made[0].float().cpu())
             images.append((made[1].clamp(0, 1) * 255).round().byte().cpu())
@@ -228,8 +226,7 @@ def _kept_as_is(pipe: Any) -> Iterator[None]:
     state = None if scheduler is None else copy.copy(vars(scheduler))
     states = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            yield
+        yield  # generation keeps torch's random states
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])

@@ -148,7 +148,7 @@ def make_grid(rows: Mapping[str, torch.Tensor], labels: Sequence[str], columns: 
     wrapped = ["\n".join(textwrap.wrap(_printable(label), cell_width // 7)[:3]) for label in labels[:columns]]
     top = gap + 15 * max(text.count("\n") + 1 for text in wrapped) + gap
     size = (left + len(wrapped) * (cell_width + gap), top + len(rows) * (cell_height + gap))
-    sheet = Image.new("RGB", size, "white")
+    sheet = Image.new("RGB", size, "#d8d8d8")  # so that white pictures have an edge
     pen = ImageDraw.Draw(sheet)
     for column, text in enumerate(wrapped):
         pen.multiline_text((left + column * (cell_width + gap), gap), text, fill="black", font=font)
