@@ -9,7 +9,7 @@ from diffusers_linattn.linearize import linearize, original_attention, restore
 from diffusers_linattn.models import supported_models
 from diffusers_linattn.ops import gated_linear_attention, hybrid_attention, linear_attention, local_attention
 from diffusers_linattn.processors import ClearProcessor, GLAProcessor, HybridProcessor, LinearProcessor
-from diffusers_linattn.samples import make_samples
+from diffusers_linattn.samples import Samples, encode_images, make_samples
 from diffusers_linattn.set_attn_processor import install_set_attn_processor
 from diffusers_linattn.status import status
 from diffusers_linattn.training.config import DistillConfig
@@ -23,10 +23,12 @@ __all__ = [
     "GLAProcessor",
     "HybridProcessor",
     "LinearProcessor",
+    "Samples",
     "TokenLayout",
     "__version__",
     "choose_layers",
     "distill",
+    "encode_images",
     "evaluate",
     "find_linear_attention",
     "gated_linear_attention",
