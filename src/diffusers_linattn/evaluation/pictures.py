@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from diffusers_linattn.generation import call_parameters, generate_images, prompt_argument
@@ -77,7 +75,7 @@ def draw_pictures(pipe: Any, request: Request, progress: Any) -> Pictures:
     """
     latents, images = [], []
     count, size = len(request.prompts), request.batch_size
-    with _kept_as_is(pipe):
+    with _scheduler_kept(pipe):
         for start in range(0, count, size):
             chosen = slice(start, min(start + size, count))
             made = generate_images(pipe, request.prompts[chosen], request.seeds[chosen], **request.call_arguments)  # type: ignore[arg-type]
@@ -220,16 +218,13 @@ def _brief(value: Any) -> str:
 
 
 @contextmanager
-def _kept_as_is(pipe: Any) -> Iterator[None]:
-    """The scheduler's state and the global random states are given back as they were."""
+def _scheduler_kept(pipe: Any) -> Iterator[None]:
+    """The state of the scheduler, which every call sets, is given back as it was."""
     scheduler = getattr(pipe, "scheduler", None)
     state = None if scheduler is None else copy.copy(vars(scheduler))
-    states = random.getstate(), np.random.get_state()
     try:
-        yield  # generation keeps torch's random states
+        yield
     finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
         if scheduler is not None and state is not None:
             vars(scheduler).clear()
             vars(scheduler).update(state)

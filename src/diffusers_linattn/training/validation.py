@@ -30,7 +30,7 @@ class Validation:
     """Draws the same few pictures with the teacher and the student, whenever it is called.
 
     The teacher's are drawn at the first call and kept. The training goes on as if nothing had been drawn: the model's
-    flags, its mode, its token layouts, the scheduler and the random states stay as they are.
+    flags, its mode, its token layouts, the scheduler and the random state stay as they are.
 
     Args:
         pipe: The pipeline in training.
