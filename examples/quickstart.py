@@ -96,6 +96,7 @@ def main() -> None:
         batch_size=arguments.batch_size,
         transfer_learning_rate=1e-3,
         learning_rate=6e-4,
+        prompt_dropout=0.0,  # this teacher has never been without a prompt
     )
 
     student = load_linear_attention(load_pipeline(), arguments.output / "student")

@@ -111,7 +111,9 @@ def _transfer_losses(pipe: Any, model: Any, samples: Samples, config: DistillCon
         stage = AttentionTransfer(model, layers, samples.call, config)
         phase = Phase("transfer", stage, parameters, config.transfer_steps, config.transfer_learning_rate)
         dtype = dtype_of(model, parameters)
-        rows = Loop(accelerator, config, samples, objective, parameters, Path(directory), dtype).run([phase], None)
+        device = accelerator.device if accelerator.num_processes > 1 else model.device
+        loop = Loop(accelerator, config, samples, objective, parameters, Path(directory), dtype, device)
+        rows = loop.run([phase], None)
     last = rows[-max(1, len(rows) // 4) :]
     return {layer.name: fmean(row[layer.name] for row in last) for layer in layers}
 

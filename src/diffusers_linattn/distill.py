@@ -101,6 +101,7 @@ def distill(
                 parameters,
                 output_dir,
                 dtype=dtype_of(model, parameters),
+                device=accelerator.device if accelerator.num_processes > 1 else model.device,
                 prompt_dropout=_prompt_dropout(model, samples, config),
                 validate=Validation.of(pipe, samples, config, output_dir),
             )
@@ -199,9 +200,11 @@ def _check_disk(directory: Path, parameters: Mapping[str, nn.Parameter], config:
 
 def _prompt_dropout(model: Any, samples: Samples, config: DistillConfig) -> float:
     """Only models that are guided by two predictions have to predict without a prompt."""
-    guidance = samples.manifest["settings"]["call_arguments"].get("guidance_scale")
-    unguided = getattr(model.config, "guidance_embeds", False) or (guidance is not None and guidance <= 1)
-    return 0.0 if unguided or not samples.has_null else config.prompt_dropout
+    given = samples.manifest["settings"]["call_arguments"]
+    scale = given.get("guidance_scale")
+    by_scale = not getattr(model.config, "guidance_embeds", False) and (scale is None or scale > 1)
+    by_negative_prompt = given.get("true_cfg_scale", 1.0) > 1
+    return config.prompt_dropout if samples.has_null and (by_scale or by_negative_prompt) else 0.0
 
 
 def _last_losses(curves: Curves, steps: int = 100) -> dict[str, float]:

@@ -133,11 +133,7 @@ def _move_into_place(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def _place_among_processes() -> tuple[int, int, bool]:
-    """This process's number, how many there are, and whether it shows the bar."""
-    # PartialState would also choose a device: a process by itself has nothing to ask it.
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return 0, 1, True
-    from accelerate import PartialState
-
-    state = PartialState()
-    return state.process_index, state.num_processes, state.is_main_process
+    """This process's number, how many there are, and whether it shows the bar, as launchers say it."""
+    # Not from accelerate's PartialState, which would choose a device for the whole process.
+    process, processes = (int(os.environ.get(name, usual)) for name, usual in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    return process, processes, process == 0

@@ -82,6 +82,7 @@ class Loop:
         parameters: All that is trained, by name.
         directory: Where checkpoints and metrics go.
         dtype: Of the model.
+        device: Of the model; a process by itself trains where the user has put it.
         prompt_dropout: Share of the samples that are trained without their prompt.
         validate: Called with the step after every `validation_steps` steps; what it returns is logged.
     """
@@ -95,11 +96,13 @@ class Loop:
         parameters: Mapping[str, nn.Parameter],
         directory: Path,
         dtype: torch.dtype,
+        device: torch.device,
         prompt_dropout: float = 0.0,
         validate: Callable[[int], Mapping[str, float]] | None = None,
     ):
         self.accelerator, self.config, self.samples, self.objective = accelerator, config, samples, objective
-        self.parameters, self.directory, self.dtype, self.validate = dict(parameters), directory, dtype, validate
+        self.parameters, self.directory, self.validate = dict(parameters), directory, validate
+        self.dtype, self.device = dtype, device
         self.prompt_dropout = prompt_dropout
         self.rows: list[Row] = []
         self._stop_signal: int | None = None
@@ -228,9 +231,8 @@ class Loop:
         timesteps = self.objective.timesteps(drawn.level)
         noisy = self.objective.noisy(latents, drawn.noise, timesteps)
         target = self.objective.target(latents, drawn.noise, timesteps)
-        device = self.accelerator.device
-        ready = Batch(noisy, batch.arguments).to(device, self.dtype)
-        return TrainingBatch(ready.latents, timesteps.to(device), target.to(device), ready.arguments)
+        ready = Batch(noisy, batch.arguments).to(self.device, self.dtype)
+        return TrainingBatch(ready.latents, timesteps.to(self.device), target.to(self.device), ready.arguments)
 
     def _dropped_prompts(self, generator: random.Random, indices: Sequence[int]) -> list[bool]:
         """Which samples of a batch are trained without their prompt: each by itself, or all where shapes differ."""
