@@ -26,6 +26,7 @@ from judge import Judge  # noqa: E402
 from diffusers_linattn import (  # noqa: E402
     ClearProcessor,
     GLAProcessor,
+    HybridProcessor,
     LinearProcessor,
     distill,
     evaluate,
@@ -42,6 +43,7 @@ PROCESSORS = {
     "clear": lambda arguments: ClearProcessor(window=arguments.window, down_factor=arguments.down_factor),
     "linear": lambda arguments: LinearProcessor(),
     "gla": lambda arguments: GLAProcessor(),
+    "hybrid": lambda arguments: HybridProcessor(window=arguments.window),
 }
 
 
