@@ -13,7 +13,9 @@ from torch import nn
 
 STEPS = 1000
 VARIANCE_WEIGHT = 1e-3  # that of Improved DDPM (arXiv 2102.09672), for a bound in bits per number
-MIN_SNR = 5.0  # above this ratio of signal to noise, timesteps weigh less (arXiv 2303.09556)
+# The error of the noise is weighed as that of the velocity would be, up to this. Equal weights leave next to nothing
+# for the noisiest steps, which are the only ones that cannot see the letter in the picture.
+MOST_WEIGHT = 50.0
 
 
 def build_transformer(latent_channels: int) -> PixArtTransformer2DModel:
@@ -94,7 +96,7 @@ class Data:
             "encoder_hidden_states": self.embeddings[letters],
             "encoder_attention_mask": self.mask[letters],
             "noise": noise,
-            "timestep_weight": (MIN_SNR * (1 - level) / level).clamp(max=1),
+            "timestep_weight": (1 / level).clamp(max=MOST_WEIGHT),
             # The factor of the noise in the mean of a step back, and the least and greatest log variance of it.
             "weight": (self.betas / ((1 - kept) * (1 - self.betas)).sqrt())[timestep].float(),
             "least": posterior.log()[timestep].float(),
