@@ -14,7 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from diffusers import (
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
+    UniPCMultistepScheduler,
+)
 from safetensors.torch import load_file
 
 from diffusers_linattn import (
@@ -189,7 +195,11 @@ def test_checkpoints_are_kept_as_many_as_asked_for(
         distill(student(), samples, tmp_path / "run", **options, resume_from_checkpoint=None)
     with pytest.raises(ValueError, match="has no checkpoint 'checkpoint-5'; there is checkpoint-6, checkpoint-8"):
         distill(student(), samples, tmp_path / "run", **options, resume_from_checkpoint="checkpoint-5")
-    distill(student(), samples, tmp_path / "run", **options, resume_from_checkpoint="checkpoint-6")
+    # From the older one, and stopped again: the newer one is of steps that are taken anew.
+    drawn[:] = [1] * 7
+    with pytest.raises(RuntimeError, match="crash"):
+        distill(student(), samples, tmp_path / "run", **options, resume_from_checkpoint="checkpoint-6")
+    distill(student(), samples, tmp_path / "run", **options)
     distill(student(), samples, tmp_path / "whole", **options)
     assert (tmp_path / "whole" / WEIGHTS).read_bytes() == (tmp_path / "run" / WEIGHTS).read_bytes()
 
@@ -202,7 +212,9 @@ from diffusers_linattn import LinearProcessor, distill, linearize
 torch.set_num_threads(1)
 pipe = linearize(tiny.flux_pipeline(guidance_embeds=True), LinearProcessor(feature_map="hedgehog"))
 distill(pipe, {samples!r}, {output!r}, transfer_steps=3, steps=3, batch_size=2, transfer_learning_rate=1e-2,
-        learning_rate=1e-3)
+        learning_rate=1e-3, validation_steps=6, validation_prompts=["a cat"])
+# The processes are still connected.
+distill(pipe, {samples!r}, {output!r} + "-again", transfer_steps=1, steps=0, batch_size=1)
 """
 
 
@@ -215,6 +227,8 @@ def test_two_processes_are_one_with_twice_the_batch(samples: Samples, tmp_path: 
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert (output / "validation" / "step-000006.png").exists()
+    assert json.loads((output / "validation.jsonl").read_text())["latent_mse"] > 0
     template = LinearProcessor(feature_map="hedgehog")
     same_settings = {"transfer_steps": 3, "steps": 3, "transfer_learning_rate": 1e-2, "learning_rate": 1e-3}
     distill(student(template), samples, tmp_path / "one", batch_size=4, **same_settings)
@@ -333,7 +347,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(samples: Samples, tmp_path: Pat
     pipe = student(LinearProcessor())
     before = state_of(pipe)
     options = {**QUICK, "steps": 40, "checkpointing_steps": 2, "optimizer": "sgd", "max_grad_norm": None}
-    with pytest.raises(DivergedError, match=r"not finite at step \d+ .*last good checkpoint is .*checkpoint-\d+"):
+    with pytest.raises(DivergedError, match=r"not finite at step \d+\. The last good checkpoint is .*checkpoint-\d+"):
         distill(pipe, samples, tmp_path / "student", **options, learning_rate=1e4)
     assert same(before, state_of(pipe))
     assert not (tmp_path / "student" / WEIGHTS).exists()
@@ -357,6 +371,9 @@ def test_bad_requests_fail_before_the_work(pipe: Any, samples: Samples, tmp_path
         ({"steps": 0, "transfer_steps": 0}, "both 0"),
         ({"resume_from_checkpoint": "checkpoint-9"}, "has no checkpoint 'checkpoint-9'; there is none"),
         ({"mixed_precision": "fp16"}, "fp16 cannot be trained on a CPU"),
+        ({"report_to": ["wandb"]}, "report_to has wandb, which accelerate does not find"),
+        ({"validation_steps": 1, "validation_prompts": [3]}, r"prompts\[0\] is 3"),
+        ({"seed": "x"}, "seed must be an integer"),
     ]:
         with pytest.raises(ValueError, match=match):
             distill(pipe, samples, out, **{**QUICK, **options})
@@ -389,11 +406,78 @@ def test_an_output_directory_with_something_else_is_left_alone(samples: Samples,
         distill(student(ClearProcessor(window=3)), samples, out, **QUICK)
 
 
+def test_a_save_that_fails_undoes_the_training(
+    samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = student()
+    before = state_of(pipe)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patched:
+        # The package's attribute of this name is the function.
+        patched.setattr(sys.modules["diffusers_linattn.distill"], "save_linear_attention", full)
+        with pytest.raises(OSError, match="No space left"):
+            distill(pipe, samples, tmp_path / "student", **QUICK)
+    assert same(before, state_of(pipe))
+    drawn: list[int] = []
+    monkeypatch.setattr(Samples, "batch", lambda *_: drawn.append(1))
+    distill(pipe, samples, tmp_path / "student", **QUICK)  # nothing is trained again
+    assert not drawn
+    assert (tmp_path / "student" / WEIGHTS).exists()
+
+
+def test_the_state_of_the_process_and_model_is_left_alone(samples: Samples, tmp_path: Path) -> None:
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    states = [dict(state._shared_state) for state in (AcceleratorState, GradientState, PartialState)]
+    pipe = student(LinearProcessor())
+    block = pipe.transformer.transformer_blocks[0].train()
+    distill(pipe, samples, tmp_path / "student", **QUICK, trainable="lora", rank=2)
+    assert states == [dict(state._shared_state) for state in (AcceleratorState, GradientState, PartialState)]
+    assert block.training
+    assert not pipe.transformer.training
+    assert not any(p.requires_grad for name, p in pipe.transformer.named_parameters() if "lora_" in name)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_share_their_graphs(samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._dynamo.testing import CompileCounter
+
+    counter = CompileCounter()
+    compile_block = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **options: compile_block(self, backend=counter, **options)
+    )
+    options = {"transfer_steps": 1, "steps": 2, "batch_size": 2}
+    template = ClearProcessor(window=2)
+    graphs = {}
+    for layers in (2, 5):
+        torch._dynamo.reset()
+        counter.clear()
+        pipe = linearize(tiny.flux_pipeline(guidance_embeds=True, num_single_layers=layers), template)
+        directory = tmp_path / f"samples{layers}"
+        made = make_samples(pipe, PROMPTS, directory, **{**CALL, "num_samples": 2, "resolutions": [(32, 32)]})
+        curves = distill(pipe, made, tmp_path / f"compiled{layers}", **options, compile=True)
+        graphs[layers] = counter.frame_count
+        assert all(block._compiled_call_impl is None for block in pipe.transformer.single_transformer_blocks)
+    assert graphs[5] == graphs[2] > 0
+    eager = distill(
+        linearize(tiny.flux_pipeline(guidance_embeds=True, num_single_layers=5), template),
+        made,
+        tmp_path / "eager",
+        **options,  # type: ignore[arg-type]
+    )
+    for a, b in zip(curves["end_to_end"], eager["end_to_end"], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+
+
 def test_a_full_disk_is_noticed_first(samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
     pipe = student()
     before = state_of(pipe)
-    with pytest.raises(ValueError, match=r"0.0 GB free, 3 checkpoints need"):
+    with pytest.raises(ValueError, match=r"0.0 GB free, its checkpoints need"):
         distill(pipe, samples, tmp_path / "student", **QUICK)
     assert same(before, state_of(pipe))
     assert not (tmp_path / "student").exists()
@@ -435,7 +519,12 @@ def test_objectives_are_those_of_the_schedulers() -> None:
     noisy = flow.scale_noise(latents, timesteps, noise)
     torch.testing.assert_close(found.noisy(latents, noise, timesteps), noisy, atol=1e-5, rtol=1e-5)
     assert torch.equal(found.target(latents, noise, timesteps), noise - latents)
+    backwards = objective(FlowMatchEulerDiscreteScheduler(invert_sigmas=True))  # from noise at 0 to latents at 1000
+    assert torch.equal(backwards.noisy(latents, noise, torch.tensor([0.0, 0.0, 0.0])), noise)
+    assert torch.equal(backwards.target(latents, noise, timesteps), latents - noise)
     assert isinstance(objective(EulerDiscreteScheduler()), Denoising)
+    with pytest.raises(ValueError, match="has a LCMScheduler"):
+        objective(LCMScheduler())
     wan = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
     assert type(objective(wan)) is type(found)
     with pytest.raises(ValueError, match="predicts 'flow'"):

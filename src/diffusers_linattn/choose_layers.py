@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from diffusers_linattn.linearize import layers_of, linearize, restore, single_transformer_of
+from diffusers_linattn.ops.checks import check_positive_int
 from diffusers_linattn.processors import BaseProcessor
 from diffusers_linattn.samples import ONE_TRANSFORMER, Samples
 from diffusers_linattn.training.config import DistillConfig
-from diffusers_linattn.training.environment import accelerator_for
-from diffusers_linattn.training.loop import Loop, Phase
+from diffusers_linattn.training.environment import accelerator_for, model_options
+from diffusers_linattn.training.loop import Loop, check_batch
 from diffusers_linattn.training.objective import objective_of
-from diffusers_linattn.training.teacher_student import AttentionTransfer
-from diffusers_linattn.training.trainable import check_trainable, dtype_of, trained_parameters
+from diffusers_linattn.training.optimizers import check_optimizer
+from diffusers_linattn.training.phases import last_layer_losses, transfer_phases
+from diffusers_linattn.training.trainable import check_trainable, in_training, trained_parameters
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,11 @@ def choose_layers(
         >>> choice = choose_layers(pipe, LinearProcessor(), "samples/", keep=0.5)  # doctest: +SKIP
         >>> linearize(pipe, choice.mapping)  # doctest: +SKIP
     """
-    options = {"checkpointing_steps": steps + 1, **options, "transfer_steps": steps, "steps": 0}
-    settings = DistillConfig.of(config, options)
+    ignored = sorted({"transfer_steps", "steps", "validation_steps", "report_to", "ema_decay"} & options.keys())
+    if ignored:
+        raise ValueError(f"choose_layers has no setting {', '.join(ignored)}: steps= is its number of steps.")
+    check_positive_int("steps", steps)
+    settings = DistillConfig.of(config, {**options, "transfer_steps": steps, "steps": 0})
     model = single_transformer_of(pipe, ONE_TRANSFORMER)
     converted = [layer.name for layer in layers_of(model) if layer.processor is not None]
     if converted:
@@ -102,20 +105,18 @@ def choose_layers(
 def _transfer_losses(pipe: Any, model: Any, samples: Samples, config: DistillConfig) -> dict[str, float]:
     layers = layers_of(model)
     check_trainable(model, layers, config)
+    check_optimizer(config)
     objective = objective_of(pipe)
     with (
-        tempfile.TemporaryDirectory() as directory,
-        accelerator_for(model, config, Path(directory)) as accelerator,
+        accelerator_for(model, config, None) as accelerator,
+        model_options(model, config),
         trained_parameters(model, layers, config) as parameters,
+        in_training(model, parameters),
     ):
-        stage = AttentionTransfer(model, layers, samples.call, config)
-        phase = Phase("transfer", stage, parameters, config.transfer_steps, config.transfer_learning_rate)
-        dtype = dtype_of(model, parameters)
-        device = accelerator.device if accelerator.num_processes > 1 else model.device
-        loop = Loop(accelerator, config, samples, objective, parameters, Path(directory), dtype, device)
-        rows = loop.run([phase], None)
-    last = rows[-max(1, len(rows) // 4) :]
-    return {layer.name: fmean(row[layer.name] for row in last) for layer in layers}
+        check_batch(samples, config, accelerator)
+        phases = transfer_phases(model, layers, samples.call, parameters, config)
+        rows = Loop(accelerator, config, samples, objective, model, parameters, None).run(phases, None)
+    return last_layer_losses(rows, max(1, config.transfer_steps // 4))
 
 
 def _number_dense(keep: float, layers: int) -> int:

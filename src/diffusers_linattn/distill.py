@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -18,14 +19,15 @@ from diffusers_linattn.files import read_json, write_json
 from diffusers_linattn.linearize import Layer, layers_of, single_transformer_of
 from diffusers_linattn.lora import lora_to_save
 from diffusers_linattn.samples import ONE_TRANSFORMER, Samples
-from diffusers_linattn.training.checkpoints import checkpoint_to_resume, remove_checkpoints
+from diffusers_linattn.training.checkpoints import checkpoint_to_resume, find_checkpoints, remove_checkpoints
 from diffusers_linattn.training.config import DistillConfig
-from diffusers_linattn.training.environment import accelerator_for, model_options, start_trackers
-from diffusers_linattn.training.loop import Loop, Phase, Row
+from diffusers_linattn.training.environment import accelerator_for, check_trackers, model_options, trackers
+from diffusers_linattn.training.loop import Loop, Row, check_batch
 from diffusers_linattn.training.objective import objective_of
 from diffusers_linattn.training.optimizers import check_optimizer
-from diffusers_linattn.training.teacher_student import TERMS, AttentionTransfer, EndToEnd
-from diffusers_linattn.training.trainable import check_trainable, dtype_of, trained_parameters
+from diffusers_linattn.training.phases import STAGES, end_to_end_phases, last_layer_losses, transfer_phases
+from diffusers_linattn.training.teacher_student import TERMS
+from diffusers_linattn.training.trainable import check_trainable, in_training, trained_parameters
 from diffusers_linattn.training.validation import Validation
 from diffusers_linattn.weights import CONFIG_NAME, save_linear_attention
 
@@ -78,12 +80,16 @@ def distill(
     layers = [layer for layer in layers_of(model) if layer.processor is not None]
     check_trainable(model, layers, config)
     check_optimizer(config)
+    check_trackers(config)
     lora_to_save(model, [layer.attn for layer in layers])  # whether the result can be saved
     objective = objective_of(pipe)
     samples = samples if isinstance(samples, Samples) else Samples(samples)
     samples.check_fits(pipe)
+    config = replace(config, prompt_dropout=_prompt_dropout(model, samples, config))
     output_dir = Path(output_dir)
+    validate = Validation.of(pipe, samples, config, output_dir)
     with accelerator_for(model, config, output_dir) as accelerator, model_options(model, config):
+        check_batch(samples, config, accelerator)
         settings = _settings(config, layers, samples, accelerator)
         _check_directory(output_dir, settings)
         checkpoint = checkpoint_to_resume(output_dir, config.resume_from_checkpoint)
@@ -92,48 +98,18 @@ def distill(
             accelerator.wait_for_everyone()  # all have looked at the directory
             if accelerator.is_main_process:
                 write_json(output_dir / RUN_NAME, settings)
-            start_trackers(accelerator, config)
-            loop = Loop(
-                accelerator,
-                config,
-                samples,
-                objective,
-                parameters,
-                output_dir,
-                dtype=dtype_of(model, parameters),
-                device=accelerator.device if accelerator.num_processes > 1 else model.device,
-                prompt_dropout=_prompt_dropout(model, samples, config),
-                validate=Validation.of(pipe, samples, config, output_dir),
-            )
-            rows = loop.run(_phases(model, layers, samples, parameters, config), checkpoint)
-        curves: Curves = {name: [row for row in rows if row["stage"] == name] for name in ("transfer", "end_to_end")}
-        if accelerator.is_main_process:
-            recipe = {"function": "diffusers_linattn.distill", "num_samples": len(samples), **settings["recipe"]}
-            save_linear_attention(pipe, output_dir, recipe=recipe, metrics=_last_losses(curves))
-            remove_checkpoints(output_dir)
-        accelerator.end_training()
+            loop = Loop(accelerator, config, samples, objective, model, parameters, output_dir, validate)
+            phases = transfer_phases(model, layers, samples.call, parameters, config)
+            phases += end_to_end_phases(model, layers, samples.call, parameters, config)
+            with trackers(accelerator, config), in_training(model, parameters):
+                rows = loop.run(phases, checkpoint)
+            curves: Curves = {name: [row for row in rows if row["stage"] == name] for name in STAGES}
+            if accelerator.is_main_process:
+                recipe = {"function": "diffusers_linattn.distill", "num_samples": len(samples), **settings["recipe"]}
+                save_linear_attention(pipe, output_dir, recipe=recipe, metrics=_last_losses(curves))
+                remove_checkpoints(output_dir)
+            accelerator.wait_for_everyone()
     return curves
-
-
-def _phases(
-    model: nn.Module,
-    layers: Sequence[Layer],
-    samples: Samples,
-    parameters: Mapping[str, nn.Parameter],
-    config: DistillConfig,
-) -> list[Phase]:
-    """The transfer, in groups of layers one after the other, and then all layers end to end."""
-    size = config.layers_per_group or len(layers)
-    phases: list[Phase] = []
-    for first in range(0, len(layers), size):
-        group = layers[first : first + size]
-        prefixes = tuple(f"{layer.name}." for layer in group)
-        trained = {name: parameter for name, parameter in parameters.items() if name.startswith(prefixes)}
-        if trained:
-            transfer = AttentionTransfer(model, group, samples.call, config)
-            phases.append(Phase("transfer", transfer, trained, config.transfer_steps, config.transfer_learning_rate))
-    end_to_end = EndToEnd(model, layers, samples.call, config)
-    return [*phases, Phase("end_to_end", end_to_end, parameters, config.steps, config.learning_rate)]
 
 
 def _settings(
@@ -148,11 +124,6 @@ def _settings(
         "layers": {layer.name: [type(layer.processor).__name__, layer.processor.to_config()] for layer in layers},  # type: ignore[union-attr]
         "samples": hashlib.sha256(json.dumps(samples.manifest, sort_keys=True).encode()).hexdigest(),
     }
-    if len(samples) < recipe["batch_size"]:
-        raise ValueError(
-            f"{samples.directory} holds {len(samples)} samples, too few for batches of {recipe['batch_size']}: make "
-            "more, or lower batch_size."
-        )
     try:
         read: dict[str, Any] = json.loads(json.dumps(settings, allow_nan=False))  # as it will be read back
     except (TypeError, ValueError) as error:
@@ -164,6 +135,8 @@ def _check_directory(directory: Path, settings: Mapping[str, Any]) -> None:
     """Raise if the directory holds anything but an unfinished run with these settings."""
     if not directory.exists():
         return
+    if not directory.is_dir():
+        raise ValueError(f"output_dir {directory} is a file: give a directory that is empty or new.")
     if not (directory / RUN_NAME).exists():
         if any(directory.iterdir()):
             raise ValueError(f"output_dir {directory} holds other files: give a directory that is empty or new.")
@@ -187,32 +160,38 @@ def _check_directory(directory: Path, settings: Mapping[str, Any]) -> None:
 def _check_disk(directory: Path, parameters: Mapping[str, nn.Parameter], config: DistillConfig) -> None:
     """Raise if the checkpoints do not fit: weights in fp32, two moments of each, perhaps their average."""
     count = sum(parameter.numel() for parameter in parameters.values())
-    kept = (config.checkpoints_total_limit or 1) + 1  # the next one is written before the oldest goes
-    needed = 4 * count * (3 + (config.ema_decay is not None)) * kept
+    size = 4 * count * (3 + (config.ema_decay is not None))
+    # The next one is written before the oldest goes; without a limit all stay, and at least two are counted.
+    kept = (config.checkpoints_total_limit or 1) + 1
+    needed = size * max(1, kept - len(find_checkpoints(directory)))
     existing = next(path for path in [directory, *directory.absolute().parents] if path.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise ValueError(
-            f"output_dir {directory} has {free / 1e9:.1f} GB free, {kept} checkpoints need {needed / 1e9:.1f} GB: "
+            f"output_dir {directory} has {free / 1e9:.1f} GB free, its checkpoints need {needed / 1e9:.1f} GB more: "
             "lower checkpoints_total_limit, or give another output_dir."
         )
 
 
 def _prompt_dropout(model: Any, samples: Samples, config: DistillConfig) -> float:
     """Only models that are guided by two predictions have to predict without a prompt."""
-    given = samples.manifest["settings"]["call_arguments"]
+    given, plan = samples.manifest["settings"]["call_arguments"], samples.manifest["plan"]
     scale = given.get("guidance_scale")
-    by_scale = not getattr(model.config, "guidance_embeds", False) and (scale is None or scale > 1)
+    # Where there is a true_cfg_scale, guidance_scale is an input of the model or nothing.
+    has_scale = "true_cfg_scale" not in plan["without_guidance"] and not getattr(
+        model.config, "guidance_embeds", False
+    )
+    by_scale = has_scale and (scale is None or scale > 1)
     by_negative_prompt = given.get("true_cfg_scale", 1.0) > 1
     return config.prompt_dropout if samples.has_null and (by_scale or by_negative_prompt) else 0.0
 
 
 def _last_losses(curves: Curves, steps: int = 100) -> dict[str, float]:
-    """The losses by name, averaged over the last steps of each stage; those of single layers are left out."""
+    """The losses by name, averaged over the last steps of each stage; of the transfer the mean over all layers."""
     means: dict[str, float] = {}
-    for stage, names in (("transfer", ["loss"]), ("end_to_end", ["loss", *TERMS])):
-        rows = curves[stage][-steps:]
-        for name in [name for name in names if rows and name in rows[0]]:
-            label = stage if name == "loss" else f"{stage} {name}"
-            means[f"{label} loss"] = fmean(row[name] for row in rows)
+    if curves["transfer"]:
+        means["transfer loss"] = fmean(last_layer_losses(curves["transfer"], steps).values())
+    rows = curves["end_to_end"][-steps:]
+    for name in [name for name in ("loss", *TERMS) if rows and name in rows[0]]:
+        means["end_to_end loss" if name == "loss" else f"end_to_end {name} loss"] = fmean(row[name] for row in rows)
     return {label: mean for label, mean in means.items() if math.isfinite(mean)}

@@ -16,6 +16,8 @@ Metric = Callable[[torch.Tensor, Sequence[Prompt]], float | Mapping[str, float]]
 Metrics = Sequence[str | Metric] | Mapping[str, str | Metric]
 Measure = Callable[[Pictures, Pictures], dict[str, float]]
 FRAMES_AT_A_TIME = 4
+# For every metric of torchmetrics: not all processes may draw pictures, and one of them would wait for the others.
+ALONE: dict[str, Any] = {"sync_on_compute": False}
 
 
 def make_measures(metrics: Metrics | None, reference: Sequence[Prompt], device: torch.device) -> list[Measure]:
@@ -87,8 +89,8 @@ def _distances() -> Measure:
         raise ValueError("PSNR and SSIM need torchmetrics: pip install torchmetrics.") from error
 
     def distances(pictures: Pictures, reference: Pictures) -> dict[str, float]:
-        psnr: Any = PeakSignalNoiseRatio(data_range=1.0)
-        ssim: Any = StructuralSimilarityIndexMeasure(data_range=1.0)
+        psnr: Any = PeakSignalNoiseRatio(data_range=1.0, **ALONE)
+        ssim: Any = StructuralSimilarityIndexMeasure(data_range=1.0, **ALONE)
         for mine, theirs in zip(_parts(pictures.frames), _parts(reference.frames), strict=True):
             psnr.update(_unit(mine), _unit(theirs))
             ssim.update(_unit(mine), _unit(theirs))
@@ -131,7 +133,7 @@ def _network(name: str, weights: str | None, prompts: Sequence[Prompt], device: 
 def _lpips(weights: str | None, device: torch.device) -> Measure:
     from torchmetrics.image import LearnedPerceptualImagePatchSimilarity
 
-    network: Any = LearnedPerceptualImagePatchSimilarity(weights or "alex", normalize=True).to(device)  # type: ignore[arg-type]
+    network: Any = LearnedPerceptualImagePatchSimilarity(weights or "alex", normalize=True, **ALONE).to(device)  # type: ignore[arg-type]
 
     def lpips(pictures: Pictures, reference: Pictures) -> dict[str, float]:
         network.reset()
@@ -151,7 +153,7 @@ def _clip(weights: str | None, device: torch.device) -> Measure:
     processor = CLIPProcessor.from_pretrained(place)
     for method in ("get_image_features", "get_text_features"):
         setattr(model, method, _features_alone(getattr(model, method)))
-    network: Any = CLIPScore(lambda: (model, processor)).to(device)
+    network: Any = CLIPScore(lambda: (model, processor), **ALONE).to(device)
 
     def clip(pictures: Pictures, _: Pictures) -> dict[str, float]:
         network.reset()
@@ -180,7 +182,7 @@ def _features_alone(method: Callable[..., Any]) -> Callable[..., torch.Tensor]:
 def _fid(weights: str | None, device: torch.device) -> Measure:
     from torchmetrics.image import FrechetInceptionDistance
 
-    network: Any = FrechetInceptionDistance(feature_extractor_weights_path=weights).to(device)
+    network: Any = FrechetInceptionDistance(feature_extractor_weights_path=weights, **ALONE).to(device)
 
     def fid(pictures: Pictures, reference: Pictures) -> dict[str, float]:
         network.reset()

@@ -89,8 +89,13 @@ class HybridProcessor(BaseProcessor):
         return name if name == "reference" else f"{name}; linear over all grids"
 
 
+# A step of Adam moves a parameter by about the learning rate, and λ of a trained head is around 1: without this factor
+# a transfer of some hundred steps would leave it near 0.
+PER_STEP = 100.0
+
+
 class FarWeight(nn.Module):
-    """λ, the weight of the linear part per head: the positive part of a parameter that starts at 0."""
+    """λ, the weight of the linear part per head: the positive part of `PER_STEP` times a weight that starts at 0."""
 
     def __init__(self, heads: int):
         super().__init__()
@@ -99,4 +104,5 @@ class FarWeight(nn.Module):
     def forward(self) -> torch.Tensor:
         """`(heads,)`, at least 0."""
         # The gradient passes the clamp: otherwise a head whose weight once fell below 0 would never come back.
-        return self.weight + (self.weight.clamp(min=0) - self.weight).detach()
+        weight = PER_STEP * self.weight
+        return weight + (weight.clamp(min=0) - weight).detach()

@@ -30,14 +30,19 @@ class Batch:
         latents: `(batch, ...)` final latents in the form that the transformer takes them; one tensor, also where it
             takes a list.
         arguments: The other arguments of the transformer's forward, except the timestep.
+        dtype: The transformer's when the samples were made.
     """
 
     latents: torch.Tensor
     arguments: dict[str, Any]
+    dtype: torch.dtype = torch.float32
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Batch:
-        """The batch on a device, numbers with a point in another dtype."""
-        return Batch(*(_moved(part, device, dtype) for part in (self.latents, self.arguments)))
+        """The batch on a device: the latents in another dtype, and the arguments that were in the transformer's.
+
+        What the pipeline passes in another one, such as rotary embeddings in fp32, stays in it.
+        """
+        return Batch(self.latents.to(device, dtype), _moved(self.arguments, device, self.dtype, dtype), dtype)
 
 
 class Samples:
@@ -142,7 +147,8 @@ class Samples:
             )
         latents = torch.stack([self._tensor(self._sample_shard(index), f"latents.{index}") for index, _ in chosen])
         trees = [self._arguments(index, null) for index, null in chosen]
-        return Batch(latents, together(trees, self._plan["places"], self._plan["padding"]))
+        made_in: torch.dtype = getattr(torch, self.manifest["settings"]["model"]["dtype"])
+        return Batch(latents, together(trees, self._plan["places"], self._plan["padding"]), made_in)
 
     def check_fits(self, pipe: Any) -> None:
         """Check that the samples can train the transformer of a pipeline, in whatever dtype it is.
@@ -197,11 +203,11 @@ class Samples:
         return self._files[shard].get_tensor(name)
 
 
-def _moved(tree: Any, device: torch.device | str, dtype: torch.dtype) -> Any:
+def _moved(tree: Any, device: torch.device | str, old: torch.dtype, new: torch.dtype) -> Any:
     if isinstance(tree, torch.Tensor):
-        return tree.to(device, dtype if tree.is_floating_point() else None)
+        return tree.to(device, new if tree.dtype == old else None)
     if isinstance(tree, dict):
-        return {name: _moved(part, device, dtype) for name, part in tree.items()}
+        return {name: _moved(part, device, old, new) for name, part in tree.items()}
     if isinstance(tree, list | tuple):
-        return type(tree)(_moved(part, device, dtype) for part in tree)
+        return type(tree)(_moved(part, device, old, new) for part in tree)
     return tree

@@ -116,6 +116,13 @@ def read_position(checkpoint: Path) -> dict[str, Any]:
     return position
 
 
+def remove_checkpoints_after(checkpoint: Path) -> None:
+    """Delete the checkpoints newer than one that a run goes on from: their steps are taken again."""
+    found = find_checkpoints(checkpoint.parent)
+    for path in found[found.index(checkpoint) + 1 :]:
+        shutil.rmtree(path)
+
+
 def remove_checkpoints(directory: Path) -> None:
     """Delete all checkpoints, and what is left of one that was being written."""
     for path in [*find_checkpoints(directory), *directory.glob(".checkpoint-*.partial")]:

@@ -28,8 +28,9 @@ def _factory(make: Any, help: str, *, changes_result: bool = True) -> Any:
 class DistillConfig:
     """The settings of [`distill`]. Each field has a `help` text in its metadata, which the command line shows.
 
-    Defaults are those of CLEAR's recipe (arXiv 2412.16112) with a transfer stage before it, for one process: 10,000
-    steps on 10,000 samples. LiT (arXiv 2501.12976) weighs `prediction` 0.5 at 256 px and 1.0 above, `variance` 0.05.
+    Loss weights, learning rate and 10,000 steps in all are those of CLEAR (arXiv 2412.16112), which trains end to end
+    from the start, with batches of 32 samples. LiT (arXiv 2501.12976) weighs `prediction` 0.5 at 256 px and 1.0 above,
+    `variance` 0.05.
 
     Raises:
         ValueError: A value out of its range.
@@ -103,6 +104,8 @@ class DistillConfig:
             check_positive_int(name, getattr(self, name), minimum=0)
         if self.transfer_steps + self.steps == 0:
             raise ValueError("transfer_steps and steps are both 0: there is nothing to do.")
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise ValueError(f"seed must be an integer, got {self.seed!r}.")
         for name in ("batch_size", "gradient_accumulation_steps", "rank", "checkpointing_steps"):
             check_positive_int(name, getattr(self, name))
         for name in ("layers_per_group", "checkpoints_total_limit", "validation_steps"):

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,40 +23,30 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from diffusers_linattn.files import write_atomically
-from diffusers_linattn.samples import Batch, Samples
-from diffusers_linattn.training.checkpoints import TrainedWeights, find_checkpoints, read_position, write_checkpoint
+from diffusers_linattn.samples import Samples
+from diffusers_linattn.training.checkpoints import (
+    TrainedWeights,
+    find_checkpoints,
+    read_position,
+    remove_checkpoints_after,
+    write_checkpoint,
+)
 from diffusers_linattn.training.config import DistillConfig
 from diffusers_linattn.training.objective import Objective, draw
 from diffusers_linattn.training.optimizers import make_optimizer, make_schedule
-from diffusers_linattn.training.teacher_student import Stage, TrainingBatch
+from diffusers_linattn.training.phases import Phase
+from diffusers_linattn.training.teacher_student import TrainingBatch
+from diffusers_linattn.training.trainable import dtype_of
 
 
 METRICS_NAME = "metrics.jsonl"
+VALIDATION_NAME = "validation.jsonl"
 Row = dict[str, Any]
 _START: Mapping[str, Any] = {"phase": 0, "step": 0, "global_step": 0}
 
 
 class DivergedError(ValueError):
     """The loss is NaN or infinite."""
-
-
-@dataclass(frozen=True)
-class Phase:
-    """A run of steps with one loss and one optimizer.
-
-    Args:
-        name: `"transfer"` or `"end_to_end"`.
-        stage: Computes the losses.
-        parameters: What is trained in it, by name.
-        steps: Optimizer steps.
-        learning_rate: The highest one.
-    """
-
-    name: str
-    stage: Stage
-    parameters: Mapping[str, nn.Parameter]
-    steps: int
-    learning_rate: float
 
 
 @dataclass(frozen=True)
@@ -79,11 +69,9 @@ class Loop:
         config: The settings.
         samples: What is trained on.
         objective: How samples become noisy latents.
+        model: The transformer.
         parameters: All that is trained, by name.
-        directory: Where checkpoints and metrics go.
-        dtype: Of the model.
-        device: Of the model; a process by itself trains where the user has put it.
-        prompt_dropout: Share of the samples that are trained without their prompt.
+        directory: Where checkpoints and metrics go; `None` writes nothing, and the run cannot be gone on with.
         validate: Called with the step after every `validation_steps` steps; what it returns is logged.
     """
 
@@ -93,28 +81,31 @@ class Loop:
         config: DistillConfig,
         samples: Samples,
         objective: Objective,
+        model: Any,
         parameters: Mapping[str, nn.Parameter],
-        directory: Path,
-        dtype: torch.dtype,
-        device: torch.device,
-        prompt_dropout: float = 0.0,
+        directory: Path | None,
         validate: Callable[[int], Mapping[str, float]] | None = None,
     ):
         self.accelerator, self.config, self.samples, self.objective = accelerator, config, samples, objective
         self.parameters, self.directory, self.validate = dict(parameters), directory, validate
-        self.dtype, self.device = dtype, device
-        self.prompt_dropout = prompt_dropout
+        self.dtype = dtype_of(model, parameters)
+        # A process by itself trains where the user has put the model, one of several on its own device.
+        self.device = accelerator.device if accelerator.num_processes > 1 else model.device
         self.rows: list[Row] = []
-        self._stop_signal: int | None = None
+        self._stop_signal = 0
+        self._is_last = False
 
     def run(self, phases: Sequence[Phase], checkpoint: Path | None) -> list[Row]:
         """Run all phases, or what is left of them after `checkpoint`. Returns one row of metrics per step."""
         position = _START if checkpoint is None else read_position(checkpoint)
+        if checkpoint is not None and self.accelerator.is_main_process:
+            remove_checkpoints_after(checkpoint)
         self.rows = self._read_rows(position["global_step"])
         with self._stopping_at_signals():
             for number, phase in enumerate(phases):
                 if number < position["phase"]:
                     continue
+                self._is_last = number == len(phases) - 1
                 resumed = number == position["phase"] and checkpoint is not None
                 self._run_phase(number, phase, position if resumed else _START, checkpoint if resumed else None)
         return self.rows
@@ -170,8 +161,13 @@ class Loop:
 
     def _after_step(self, running: Running, step: int) -> None:
         done = len(self.rows)
+        if self.validate and self.config.validation_steps and done % self.config.validation_steps == 0:
+            self._validate(running)
         stopping = self._stopped()
-        if done % self.config.checkpointing_steps == 0 or stopping:
+        at_the_end = self._is_last and step + 1 == running.phase.steps
+        due = done % self.config.checkpointing_steps == 0 or at_the_end or stopping
+        if due and self.directory is not None:
+            self._check_weights()
             position = {
                 "phase": running.number,
                 "step": step + 1,
@@ -179,11 +175,15 @@ class Loop:
                 "schedule": running.schedule.state_dict(),
             }
             limit = self.config.checkpoints_total_limit
-            path = write_checkpoint(self.accelerator, self.directory, done, position, limit)
-            if stopping:
-                self._stop(path)
-        if self.validate and self.config.validation_steps and done % self.config.validation_steps == 0:
-            self._validate(running)
+            write_checkpoint(self.accelerator, self.directory, done, position, limit)
+        if stopping:
+            self._stop(stopping)
+
+    def _check_weights(self) -> None:
+        """A checkpoint of weights that are not finite would be gone on from."""
+        bad = [name for name, parameter in self.parameters.items() if not parameter.isfinite().all()]
+        if bad:
+            self._report_divergence(f"{len(bad)} trained weights, such as {bad[0]},")
 
     def _accumulate(self, running: Running, step: int) -> dict[str, float]:
         """The gradients of one step, over all batches and processes, and its mean losses."""
@@ -199,16 +199,17 @@ class Loop:
         # One transfer from the device for all.
         values = self.accelerator.reduce(torch.stack(list(sums.values())), reduction="mean")
         means = dict(zip(sums, values.tolist(), strict=True))
-        if not all(map(math.isfinite, means.values())):
-            self._report_divergence([name for name, value in means.items() if not math.isfinite(value)])
+        bad = [name for name, value in means.items() if not math.isfinite(value)]
+        if bad:
+            self._report_divergence(f"The loss ({', '.join(bad)})")
         return means
 
-    def _report_divergence(self, names: Sequence[str]) -> None:
-        found = find_checkpoints(self.directory)
+    def _report_divergence(self, what: str) -> None:
+        found = find_checkpoints(self.directory) if self.directory else []
         kept = f"The last good checkpoint is {found[-1]}." if found else "There is no checkpoint yet."
         raise DivergedError(
-            f"The loss is not finite at step {len(self.rows) + 1} ({', '.join(names)}). {kept} Lower the learning "
-            "rate, or look for NaN in the samples; another recipe needs another output_dir."
+            f"{what} is not finite at step {len(self.rows) + 1}. {kept} Lower the learning rate, or look for NaN in "
+            "the samples; another recipe needs another output_dir."
         )
 
     def _batch(self, number: int, step: int, part: int) -> TrainingBatch:
@@ -231,12 +232,12 @@ class Loop:
         timesteps = self.objective.timesteps(drawn.level)
         noisy = self.objective.noisy(latents, drawn.noise, timesteps)
         target = self.objective.target(latents, drawn.noise, timesteps)
-        ready = Batch(noisy, batch.arguments).to(self.device, self.dtype)
+        ready = replace(batch, latents=noisy).to(self.device, self.dtype)
         return TrainingBatch(ready.latents, timesteps.to(self.device), target.to(self.device), ready.arguments)
 
     def _dropped_prompts(self, generator: random.Random, indices: Sequence[int]) -> list[bool]:
         """Which samples of a batch are trained without their prompt: each by itself, or all where shapes differ."""
-        drops = [generator.random() < self.prompt_dropout for _ in indices]
+        drops = [generator.random() < self.config.prompt_dropout for _ in indices]
         if any(drops) and not all(self.samples.null_fits(index) for index in indices):
             return [drops[0]] * len(indices)
         return drops
@@ -253,28 +254,34 @@ class Loop:
             if average is not None:
                 average.restore(parameters)
         self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process and self.directory is not None:
+            _append(self.directory / VALIDATION_NAME, {"step": len(self.rows), **values})
         self.accelerator.log({f"validation/{name}": value for name, value in values.items()}, step=len(self.rows))
 
     def _log(self, stage: str, values: Mapping[str, float], seconds: float) -> None:
         step = len(self.rows) + 1
         row: Row = {"step": step, "stage": stage, **values}
         self.rows.append(row)
-        if self.accelerator.is_main_process:
-            with (self.directory / METRICS_NAME).open("a", encoding="utf-8") as file:
-                file.write(json.dumps({**row, "seconds": round(seconds, 4)}) + "\n")
+        if self.accelerator.is_main_process and self.directory is not None:
+            _append(self.directory / METRICS_NAME, {**row, "seconds": round(seconds, 4)})
         self.accelerator.log({f"{stage}/{name}": value for name, value in values.items()}, step=step)
 
     def _read_rows(self, steps: int) -> list[Row]:
-        """The rows of the steps that are not repeated; the file is cut after them."""
-        path = self.directory / METRICS_NAME
-        lines = path.read_text(encoding="utf-8").splitlines()[:steps] if path.exists() else []
-        rows = [json.loads(line) for line in lines]
+        """The rows of the steps that are not repeated; the files are cut after them."""
+        if self.directory is None:
+            return []
+        rows = _read(self.directory / METRICS_NAME, steps)
+        validations = _read(self.directory / VALIDATION_NAME, steps)
         if len(rows) < steps:
-            raise ValueError(f"{path} has {len(rows)} steps, the checkpoint {steps}: it is of another run.")
+            raise ValueError(
+                f"{self.directory / METRICS_NAME} has {len(rows)} steps, the checkpoint {steps}: it is of another run."
+            )
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            text = "".join(f"{line}\n" for line in lines)
-            write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+            for name, kept in ((METRICS_NAME, rows), (VALIDATION_NAME, validations)):
+                text = "".join(f"{json.dumps(row)}\n" for row in kept)
+                if kept or name == METRICS_NAME:
+                    _write(self.directory / name, text)
         return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
 
     @contextmanager
@@ -285,7 +292,7 @@ class Loop:
             return
 
         def note(number: int, _: FrameType | None) -> None:
-            if self._stop_signal is not None:  # asked twice
+            if self._stop_signal:  # asked twice
                 raise KeyboardInterrupt
             self._stop_signal = number
 
@@ -296,18 +303,47 @@ class Loop:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _stopped(self) -> bool:
+    def _stopped(self) -> int:
+        """The signal that some process has got, 0 if none has."""
         if self.accelerator.num_processes == 1:
-            return self._stop_signal is not None
-        flag = torch.tensor([float(self._stop_signal is not None)], device=self.accelerator.device)
-        return bool(self.accelerator.reduce(flag, reduction="sum").item())
+            return self._stop_signal
+        flag = torch.tensor([self._stop_signal], device=self.accelerator.device)
+        return int(self.accelerator.gather(flag).max())
 
-    def _stop(self, checkpoint: Path) -> None:
-        message = f"Stopped by a signal. The same call goes on from {checkpoint}."
+    def _stop(self, number: int) -> None:
+        message = "Stopped by a signal."
+        if self.directory is not None:
+            message += f" The same call goes on from {find_checkpoints(self.directory)[-1]}."
         self.accelerator.print(message)
-        if self._stop_signal == signal.SIGTERM:
+        if number == signal.SIGTERM:
             raise SystemExit(128 + signal.SIGTERM)
         raise KeyboardInterrupt(message)
+
+
+def check_batch(samples: Samples, config: DistillConfig, accelerator: Accelerator) -> None:
+    """Raise if there are fewer samples than a step takes."""
+    size = config.batch_size * config.gradient_accumulation_steps * accelerator.num_processes
+    if len(samples) < size:
+        raise ValueError(
+            f"{samples.directory} holds {len(samples)} samples, too few for batches of {size}: make more, or lower "
+            "batch_size."
+        )
+
+
+def _append(path: Path, row: Row) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def _read(path: Path, steps: int) -> list[Row]:
+    """The rows of a file up to a step; a last line that a killed process left half written is none."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [row for row in rows if row["step"] <= steps]
+
+
+def _write(path: Path, text: str) -> None:
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 @contextmanager
@@ -315,7 +351,7 @@ def _random_state_kept() -> Iterator[None]:
     """The global random states, which loading a checkpoint sets, are the user's: nothing here draws from them."""
     states = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             yield
     finally:
         random.setstate(states[0])

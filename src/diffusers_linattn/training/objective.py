@@ -25,10 +25,15 @@ class Draw:
 
 
 class FlowMatching:
-    """Latents on the straight line to the noise; predicted is noise - latents (arXiv 2209.03003, 2210.02747)."""
+    """Latents on the straight line to the noise; predicted is noise - latents (arXiv 2209.03003, 2210.02747).
+
+    Schedulers with `invert_sigmas` (Mochi, OmniGen) count timesteps from the noise to the latents, and predicted is
+    latents - noise.
+    """
 
     def __init__(self, scheduler: Any):
         self.num_train_timesteps = scheduler.config.num_train_timesteps
+        self.inverted = bool(scheduler.config.get("invert_sigmas", False))
 
     def timesteps(self, level: torch.Tensor) -> torch.Tensor:
         """In the scheduler's units: flow-matching schedulers count from 0 to `num_train_timesteps` along the line."""
@@ -36,10 +41,11 @@ class FlowMatching:
 
     def noisy(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         sigma = _like(timesteps / self.num_train_timesteps, latents)
+        sigma = 1 - sigma if self.inverted else sigma
         return (1 - sigma) * latents + sigma * noise
 
     def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        return noise - latents
+        return latents - noise if self.inverted else noise - latents
 
 
 class Denoising:
@@ -90,7 +96,8 @@ def objective_of(pipe: Any) -> Objective:
     kind = config.get("prediction_type", "epsilon")
     if "FlowMatch" in type(scheduler).__name__ or kind == "flow_prediction" or config.get("use_flow_sigmas"):
         return FlowMatching(scheduler)
-    if hasattr(scheduler, "alphas_cumprod") and kind in ("epsilon", "v_prediction", "sample"):
+    consistency = type(scheduler).__name__.startswith(("LCM", "TCD"))
+    if hasattr(scheduler, "alphas_cumprod") and not consistency and kind in ("epsilon", "v_prediction", "sample"):
         return Denoising(scheduler)
     raise ValueError(
         f"{type(pipe).__name__} has a {type(scheduler).__name__} that predicts {kind!r}: distillation knows flow "

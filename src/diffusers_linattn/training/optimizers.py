@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Iterable
 from typing import Any
 
@@ -33,7 +34,9 @@ def check_optimizer(config: DistillConfig) -> None:
 def make_optimizer(config: DistillConfig, parameters: Iterable[nn.Parameter], learning_rate: float) -> Any:
     """The optimizer of a configuration. Weight decay is 0 unless `optimizer_arguments` say otherwise."""
     kind = _optimizer_class(config.optimizer)
-    arguments = {"lr": learning_rate, "weight_decay": 0.0, **config.optimizer_arguments}
+    arguments = {"lr": learning_rate, **config.optimizer_arguments}
+    if "weight_decay" in inspect.signature(kind).parameters:
+        arguments.setdefault("weight_decay", 0.0)
     try:
         return kind(parameters, **arguments)
     except TypeError as error:

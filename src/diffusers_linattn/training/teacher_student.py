@@ -118,14 +118,14 @@ class Record:
 def recorded(layers: Sequence[Layer]) -> Iterator[dict[str, Record]]:
     """Collects, by layer name, the inputs and outputs of the attention layers while the model runs."""
     records: dict[str, Record] = {}
+    names = {layer.attn: layer.name for layer in layers}
 
-    def hook_for(name: str) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            records[name] = Record(args, kwargs, _tensors(output))
+    # One function for all layers, not traced: compiled blocks would be compiled anew for each layer's own.
+    @torch.compiler.disable
+    def hook(attn: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        records[names[attn]] = Record(args, kwargs, _tensors(output))
 
-        return hook
-
-    handles = [layer.attn.register_forward_hook(hook_for(layer.name), with_kwargs=True) for layer in layers]
+    handles = [layer.attn.register_forward_hook(hook, with_kwargs=True) for layer in layers]
     try:
         yield records
     finally:

@@ -46,6 +46,10 @@ def check_trainable(model: nn.Module, layers: Sequence[Layer], config: DistillCo
                     )
     if config.trainable == "lora":
         _check_lora(model, layers, config.rank)
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        raise ValueError(
+            "The model is offloaded by accelerate: call pipe.remove_all_hooks() and place it, then train."
+        )
 
 
 def _check_lora(model: nn.Module, layers: Sequence[Layer], rank: int) -> None:
@@ -69,43 +73,48 @@ def _check_lora(model: nn.Module, layers: Sequence[Layer], rank: int) -> None:
 def trained_parameters(
     model: nn.Module, layers: Sequence[Layer], config: DistillConfig
 ) -> Iterator[dict[str, nn.Parameter]]:
-    """Within this context only what is trained requires gradients, in fp32; the dict names it by its full name.
-
-    Afterwards all is as it was but for the trained values, in the model's dtype. If the context is left by an
-    exception, the values are as before too.
-    """
+    """What is trained, by full name; a LoRA to be trained is added. If the context fails, all is as it was before."""
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    was_training = model.training
     had_lora = {layer.name for layer in layers if describe_lora(layer.attn, LORA_NAME)}
-    if config.trainable == "lora":
-        _add_missing_lora(model, [layer for layer in layers if layer.name not in had_lora], config)
-    model.requires_grad_(False)
     parameters: dict[str, nn.Parameter] = {}
-    for layer in layers:
-        parameters |= {f"{layer.name}.{name}": p for name, p in _trained_in(layer, config).items()}
-    dtypes = {name: parameter.dtype for name, parameter in parameters.items()}
-    before = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()}
-    failed = True
+    before: dict[str, torch.Tensor] = {}
     try:
+        if config.trainable == "lora":
+            _add_missing_lora(model, [layer for layer in layers if layer.name not in had_lora], config)
+        for layer in layers:
+            parameters |= {f"{layer.name}.{name}": p for name, p in _trained_in(layer, config).items()}
+        before = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()}
+        yield parameters
+    except BaseException:
+        for name, value in before.items():
+            parameters[name].data.copy_(value)
+        for layer in layers if config.trainable == "lora" else ():
+            if layer.name not in had_lora:
+                remove_lora(model, layer.attn)
+        raise
+    finally:
+        for parameter in model.parameters():
+            parameter.requires_grad_(flags.get(parameter, False))
+
+
+@contextmanager
+def in_training(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Within this context only these parameters require gradients, in fp32, and the model is in evaluation mode."""
+    modes = {module: module.training for module in model.modules()}
+    dtypes = {name: parameter.dtype for name, parameter in parameters.items()}
+    try:
+        model.requires_grad_(False)
         for parameter in parameters.values():
             parameter.requires_grad_(True)
             parameter.data = parameter.data.float()
         model.eval()  # no dropout: the teacher's answer has to be reproducible
-        yield parameters
-        failed = False
+        yield
     finally:
-        model.train(was_training)
+        for module, mode in modes.items():
+            module.training = mode
         for name, parameter in parameters.items():
             parameter.grad = None
             parameter.data = parameter.data.to(dtypes[name])
-            if failed:
-                parameter.data.copy_(before[name])
-        if failed and config.trainable == "lora":
-            for layer in layers:
-                if layer.name not in had_lora:
-                    remove_lora(model, layer.attn)
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
 
 
 def _projection_weights(layer: Layer) -> dict[str, nn.Parameter]:
