@@ -26,6 +26,7 @@ from diffusers_linattn import (
     distill,
     evaluate,
     linearize,
+    load_linear_attention,
     make_samples,
     push_linear_attention,
     status,
@@ -86,6 +87,8 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.push_to_hub and not args.hub_model_id:
         parser.error("--push_to_hub needs --hub_model_id, such as me/flux-clear-16")
+    if (args.height is None) != (args.width is None):
+        parser.error("--height and --width go together")
     return args
 
 
@@ -109,7 +112,6 @@ def main() -> None:
         seed=args.seed,
     )
 
-    linearize(pipe, PROCESSORS[args.processor](args), layers=args.layers)
     config = DistillConfig(
         trainable="lora" if args.rank else "attention",
         rank=args.rank or 64,
@@ -132,7 +134,12 @@ def main() -> None:
         report_to=args.report_to,
         seed=args.seed,
     )
-    distill(pipe, samples, args.output_dir / "student", config)
+    student = args.output_dir / "student"
+    if (student / "linear_attention_config.json").exists():  # trained by an earlier run
+        load_linear_attention(pipe, student)
+    else:
+        linearize(pipe, PROCESSORS[args.processor](args), layers=args.layers)
+        distill(pipe, samples, student, config)
 
     if not state.is_main_process:
         return
