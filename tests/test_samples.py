@@ -145,6 +145,10 @@ def test_latents_are_those_of_the_pipeline_with_guidance(case: PipelineCase, tmp
 def test_no_prompt_is_what_the_pipeline_passes_for_the_empty_one(case: PipelineCase, tmp_path: Path) -> None:
     pipe = case.make()
     samples = make(case, pipe, tmp_path, num_samples=2)
+    if type(pipe).__name__.startswith("Lumina2"):  # guides by a prompt without its system prompt
+        assert not samples.has_null
+        assert "guides by something else" in samples.manifest["plan"]["no_null_because"]
+        return
     assert samples.has_null
     name, null = ("class_labels", 1000) if isinstance(case.prompts[0], int) else ("prompt", "")
     arguments = {**case.call, **samples._plan["without_guidance"], **size_of(samples, 0)}

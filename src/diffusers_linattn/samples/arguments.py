@@ -187,6 +187,34 @@ def together(trees: Sequence[Any], places: Places, padding: Padding, path: str =
     return torch.cat(tensors, dim=place)
 
 
+def batch_of(tree: Any, places: Places, path: str = "") -> int:
+    """How many samples the arguments are for."""
+    place = places.get(path)
+    if place == "list":
+        return len(tree)
+    if isinstance(tree, torch.Tensor):
+        return tree.shape[place] if isinstance(place, int) else 1
+    if isinstance(tree, Mapping):
+        return max((batch_of(part, places, join(path, name)) for name, part in tree.items()), default=1)
+    if isinstance(tree, list | tuple):
+        return max((batch_of(part, places, join(path, i)) for i, part in enumerate(tree)), default=1)
+    return 1
+
+
+def row(tree: Any, places: Places, number: int, path: str = "") -> Any:
+    """The arguments of one sample of a batch."""
+    place = places.get(path)
+    if place == "list":
+        return type(tree)([tree[number]])
+    if isinstance(tree, torch.Tensor):
+        return tree.narrow(place, number, 1) if isinstance(place, int) else tree
+    if isinstance(tree, Mapping):
+        return {name: row(part, places, number, join(path, name)) for name, part in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(row(part, places, number, join(path, i)) for i, part in enumerate(tree))
+    return tree
+
+
 def content_name(tensor: torch.Tensor) -> str:
     """A name that tensors with the same dtype, shape and bytes share."""
     digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())

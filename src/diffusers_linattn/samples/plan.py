@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from diffusers_linattn.samples.arguments import leaves
+from diffusers_linattn.generation import call_parameters
+from diffusers_linattn.samples.arguments import Places, batch_of, first_difference, leaves, row
 from diffusers_linattn.samples.conditioning import ConditioningRecorder, Size, size_arguments, size_name
 from diffusers_linattn.samples.model_call import ModelCall
-from diffusers_linattn.samples.probe import read_model_call, read_places
+from diffusers_linattn.samples.probe import conditioning_of, read_model_call, read_places
 from diffusers_linattn.samples.recorder import Recorder
 from diffusers_linattn.samples.settings import Assignment
 from diffusers_linattn.samples.work import Job
@@ -43,7 +44,7 @@ def make_plan(recorder: Recorder, assignment: Assignment) -> dict[str, Any]:
     sample_bytes = max(math.prod(shape) for shape in shapes.values()) * _BYTES_OF_A_LATENT
     tensors = leaves(conditioning.arguments(prompt, sizes[0]))
     prompt_bytes = sum(tensor.nbytes for path, tensor in tensors.items() if _of_sample(path, places))
-    null, problem = _null_prompt(recorder, conditioning, sizes[0])
+    null, problem = _null_prompt(recorder, conditioning, places, prompt, sizes[0])
     return {
         "call": asdict(call),
         "without_guidance": without_guidance,
@@ -83,16 +84,36 @@ def check_disk(directory: Path, assignment: Assignment, plan: dict[str, Any]) ->
         )
 
 
-def _null_prompt(recorder: Recorder, conditioning: ConditioningRecorder, size: Size) -> tuple[Any, str | None]:
+def _null_prompt(
+    recorder: Recorder, conditioning: ConditioningRecorder, places: Places, prompt: Any, size: Size
+) -> tuple[Any, str | None]:
     """What stands for no prompt, as in training with prompt dropout; or why there is nothing."""
     null = recorder.model.config.num_embeds_ada_norm if recorder.of_classes else ""
     try:
-        conditioning.arguments(null, size)
+        recorded = conditioning.arguments(null, size)
+        guided = _unguided_rows(recorder, conditioning.call, places, prompt, size)
     except torch.OutOfMemoryError:
         raise
     except (ValueError, TypeError, IndexError, RuntimeError) as error:
         return None, f"{type(error).__name__}: {error}"
+    # Some pipelines put words around a prompt that they leave out around the one it is guided away from.
+    if guided and all(first_difference(recorded, row, tolerance=0.05) is not None for row in guided):
+        return None, "the pipeline guides by something else than what it passes for an empty prompt"
     return null, None
+
+
+def _unguided_rows(
+    recorder: Recorder, call: ModelCall, places: Places, prompt: Any, size: Size
+) -> list[dict[str, Any]]:
+    """The conditioning of each sample in the first step with guidance; none where the pipeline does not guide."""
+    arguments: dict[str, Any] = {**size_arguments(size), "num_inference_steps": 2}
+    if "negative_prompt" in call_parameters(recorder.pipe):
+        arguments["negative_prompt"] = ""
+    calls = [conditioning_of(call, found) for found in recorder.first_steps(prompt, arguments, steps=1).calls]
+    batches = [batch_of(found, places) for found in calls]
+    if sum(batches) < 2:
+        return []
+    return [row(found, places, k) for found, batch in zip(calls, batches, strict=True) for k in range(batch)]
 
 
 def _of_sample(path: str, places: dict[str, Any]) -> bool:
