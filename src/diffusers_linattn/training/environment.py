@@ -31,6 +31,8 @@ def accelerator_for(model: Any, config: DistillConfig, directory: Path | None) -
     """
     states = (AcceleratorState, GradientState, PartialState)
     before = [dict(state._shared_state) for state in states]
+    if not before[0] and before[2].get("num_processes", 1) == 1:
+        PartialState._shared_state.clear()  # an earlier one may have chosen another device than the model's
     try:
         accelerator = Accelerator(
             mixed_precision=_precision(model, config, before[0]),
