@@ -28,7 +28,7 @@ from diffusers_linattn.linearize import layers_of
 from diffusers_linattn.ops import hybrid_attention, local_attention, reference
 from diffusers_linattn.ops.hybrid import unit_mean_scale
 from diffusers_linattn.ops.local import IMPLS
-from diffusers_linattn.processors.hybrid import FarWeight
+from diffusers_linattn.processors.hybrid import PER_STEP, FarWeight
 
 import tiny
 
@@ -437,11 +437,11 @@ def test_errors(arguments, match):
 def test_a_far_weight_is_never_negative_and_comes_back():
     module = FarWeight(3)
     with torch.no_grad():
-        module.weight.copy_(torch.tensor([-0.5, 0.0, 0.25]))
+        module.weight.copy_(torch.tensor([-0.5, 0.0, 0.25]) / PER_STEP)
     far_weight = module()
-    assert far_weight.tolist() == [0, 0, 0.25]
-    assert torch.autograd.grad(far_weight.sum(), module.weight)[0].tolist() == [1, 1, 1]
-    optimizer = torch.optim.Adam(module.parameters(), lr=0.1)
+    assert far_weight.tolist() == pytest.approx([0, 0, 0.25])
+    assert torch.autograd.grad(far_weight.sum(), module.weight)[0].tolist() == [PER_STEP] * 3
+    optimizer = torch.optim.Adam(module.parameters(), lr=0.1 / PER_STEP)
     for _ in range(60):
         optimizer.zero_grad()
         (module() - 0.4).square().sum().backward()
