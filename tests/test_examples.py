@@ -125,7 +125,7 @@ def test_distill_stopped_goes_on_to_the_same_end(tmp_path: Path) -> None:
 
 def test_the_training_example_is_short_and_explains_itself() -> None:
     path = EXAMPLES / "distill.py"
-    assert len(path.read_text().splitlines()) < 150
+    assert len(path.read_text().splitlines()) < 160
     result = subprocess.run([sys.executable, path, "--help"], check=True, capture_output=True, text=True)
     assert "accelerate launch examples/distill.py" in result.stdout
     command = [sys.executable, path, "--pretrained_model_name_or_path", "x", "--prompts", "y", "--push_to_hub"]
