@@ -15,7 +15,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
-from diffusers_linattn.files import read_json, write_json
+from diffusers_linattn.files import as_read_back, nearest_existing, read_json, write_json
 from diffusers_linattn.linearize import Layer, layers_of, single_transformer_of
 from diffusers_linattn.lora import lora_to_save
 from diffusers_linattn.samples import ONE_TRANSFORMER, Samples
@@ -124,10 +124,7 @@ def _settings(
         "layers": {layer.name: [type(layer.processor).__name__, layer.processor.to_config()] for layer in layers},  # type: ignore[union-attr]
         "samples": hashlib.sha256(json.dumps(samples.manifest, sort_keys=True).encode()).hexdigest(),
     }
-    try:
-        read: dict[str, Any] = json.loads(json.dumps(settings, allow_nan=False))  # as it will be read back
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"optimizer_arguments must be JSON-able: {error}.") from error
+    read: dict[str, Any] = as_read_back(settings, "optimizer_arguments must be JSON-able")
     return read
 
 
@@ -164,8 +161,7 @@ def _check_disk(directory: Path, parameters: Mapping[str, nn.Parameter], config:
     # The next one is written before the oldest goes; without a limit all stay, and at least two are counted.
     kept = (config.checkpoints_total_limit or 1) + 1
     needed = size * max(1, kept - len(find_checkpoints(directory)))
-    existing = next(path for path in [directory, *directory.absolute().parents] if path.exists())
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(nearest_existing(directory)).free
     if needed > free:
         raise ValueError(
             f"output_dir {directory} has {free / 1e9:.1f} GB free, its checkpoints need {needed / 1e9:.1f} GB more: "

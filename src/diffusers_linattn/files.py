@@ -53,6 +53,35 @@ def read_json(path: Path, max_bytes: int | None = None) -> Any:
         raise ValueError(f"{path} does not exist.") from None
 
 
+def as_read_back(content: Any, problem: str) -> Any:
+    """Content as it will be read back from JSON: tuples are lists there.
+
+    Raises:
+        ValueError: It cannot be written, or holds NaN or infinity; the message begins with `problem`.
+    """
+    try:
+        return json.loads(json.dumps(content, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{problem}: {error}.") from error
+
+
+def nearest_existing(path: Path) -> Path:
+    """The path itself, or the first of the folders around it that exists."""
+    return next(place for place in (path, *path.absolute().parents) if place.exists())
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file of prompts, without empty ones and without spaces around them.
+
+    Raises:
+        ValueError: There is no such file.
+    """
+    if not path.is_file():
+        raise ValueError(f"prompts: {path} is no file; give a list of prompts or a text file with one per line.")
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    return [line for line in lines if line]
+
+
 def parse_json(text: bytes | str, where: str) -> Any:
     """Parse strict JSON: names once per object, finite numbers.
 

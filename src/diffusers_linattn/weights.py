@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from diffusers_linattn.files import as_read_back
 from diffusers_linattn.linearize import (
     Layer,
     fuse_again,
@@ -380,10 +380,7 @@ def _provenance(
     if recipe is not None:  # trained anew
         known = {}
     kept = {"recipe": recipe or known.get("recipe"), "metrics": {**known.get("metrics", {}), **(metrics or {})}}
-    try:
-        kept = json.loads(json.dumps(kept, allow_nan=False))  # as it will be read back
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"recipe and metrics must be JSON-able: {error}.") from error
+    kept = as_read_back(kept, "recipe and metrics must be JSON-able")
     check_metrics(kept["metrics"], "save_linear_attention")
     return kept
 

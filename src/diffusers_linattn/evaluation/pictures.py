@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from diffusers_linattn.files import read_lines
 from diffusers_linattn.generation import call_parameters, generate_images, prompt_argument
 from diffusers_linattn.ops.checks import check_positive_int
 from diffusers_linattn.samples import Samples
@@ -147,9 +148,7 @@ def read_prompts(prompts: Sequence[Prompt] | str | Path, kind: str = "prompt") -
     if not isinstance(prompts, str | Path):
         return list(prompts)
     path = Path(prompts)
-    if not path.is_file():
-        raise ValueError(f"prompts: {path} is no file; give a list of prompts or a text file with one per line.")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = read_lines(path)
     if kind != "class_labels":
         return list(lines)
     try:

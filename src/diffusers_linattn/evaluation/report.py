@@ -13,7 +13,7 @@ import torch
 
 from diffusers_linattn.evaluation.metrics import as_text
 from diffusers_linattn.evaluation.pictures import Pictures
-from diffusers_linattn.files import write_atomically, write_json
+from diffusers_linattn.files import nearest_existing, write_atomically, write_json
 
 
 REFERENCE = "reference"
@@ -165,7 +165,7 @@ def make_grid(rows: Mapping[str, torch.Tensor], labels: Sequence[str], columns: 
 
 def check_directory(directory: Path) -> None:
     """Raise if files cannot be written into a directory of this name."""
-    existing = next(path for path in [directory, *directory.absolute().parents] if path.exists())
+    existing = nearest_existing(directory)
     if not existing.is_dir():
         raise ValueError(f"output_dir {directory}: {existing} is a file, expected a directory.")
 

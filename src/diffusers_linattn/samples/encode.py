@@ -10,19 +10,21 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffusers_linattn.files import as_read_back
 from diffusers_linattn.generation import caught_steps
 from diffusers_linattn.linearize import original_attention
 from diffusers_linattn.ops.checks import check_positive_int
 from diffusers_linattn.samples.conditioning import Size, size_arguments, size_name
 from diffusers_linattn.samples.filling import Source, fill_directory
 from diffusers_linattn.samples.pictures import Pictures, find_pictures, nearest_sizes, read_picture
+from diffusers_linattn.samples.probe import sizes_above_one
 from diffusers_linattn.samples.reading import Samples
 from diffusers_linattn.samples.recorder import Recorder
 from diffusers_linattn.samples.settings import (
     DEFAULT_SIZE,
     FORMAT_VERSION,
+    NOT_JSON,
     Assignment,
-    as_json,
     check_label,
     check_prompt,
     describe_pipeline,
@@ -90,7 +92,7 @@ def encode_images(
         {"file": pictures.name(index), "prompt": number, "resolution": size}
         for index, (number, size) in enumerate(zip(numbers, sizes, strict=True))
     ]
-    settings = as_json(
+    settings = as_read_back(
         {
             "format_version": FORMAT_VERSION,
             "num_samples": len(pictures),
@@ -100,7 +102,8 @@ def encode_images(
             "call_arguments": call,
             "model": describe_pipeline(pipe),
             "pictures": entries,
-        }
+        },
+        NOT_JSON,
     )
     source = _Encoded(pipe, Assignment(settings), batch_size, pictures, recorder)
     return fill_directory(Path(directory), recorder, source)
@@ -162,7 +165,7 @@ class _Encoded(Source):
     def _in_form(self, latents: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
         """Latents of the VAE as the transformer takes them: as they are, or packed by the pipeline."""
         batch, found = len(latents), list(latents.shape[1:])
-        if _sizes(found) == _sizes(shape):
+        if sizes_above_one(found) == sizes_above_one(shape):
             return latents.reshape(batch, *shape)
         pack = getattr(self.pipe, "_pack_latents", None)
         wanted = ["latents", "batch_size", "num_channels_latents", "height", "width"]
@@ -194,7 +197,3 @@ def _default_size(pipe: Any) -> Size:
     if not isinstance(size, int) or not isinstance(factor, int):
         raise ValueError(f"{type(pipe).__name__} does not say its default size: give resolutions.")
     return size * factor, size * factor
-
-
-def _sizes(shape: Sequence[int]) -> list[int]:
-    return [size for size in shape if size != 1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from diffusers_linattn.samples.shards import read_shard
 from diffusers_linattn.samples.work import Content, Job, complete, tidy_up, write_together
 
 
-class Source:
+class Source(ABC):
     """Where latents come from: made by the pipeline, or encoded from pictures.
 
     Args:
@@ -29,9 +30,11 @@ class Source:
     def __init__(self, pipe: Any, assignment: Assignment, batch_size: int):
         self.pipe, self.assignment, self.batch_size = pipe, assignment, batch_size
 
+    @abstractmethod
     def check(self, plan: dict[str, Any]) -> None:
         """Raise if the latents cannot be made, before any of them is."""
 
+    @abstractmethod
     def latents(self, indices: Sequence[int], size: Size, shape: Sequence[int]) -> torch.Tensor:
         """`(samples, ...)` the latents of samples of one size, on any device.
 
@@ -40,11 +43,10 @@ class Source:
             size: Their resolution.
             shape: Of one sample's latents, as the transformer takes them.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def record(self, index: int) -> dict[str, Any]:
         """What to keep of a sample besides its number, prompt and resolution."""
-        raise NotImplementedError
 
     def jobs(self, plan: dict[str, Any]) -> list[Job]:
         """One job for each file of samples."""

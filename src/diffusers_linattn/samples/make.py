@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from diffusers_linattn.files import as_read_back
 from diffusers_linattn.generation import call_parameters, generate_latents
 from diffusers_linattn.linearize import original_attention
 from diffusers_linattn.ops.checks import check_positive_int
@@ -17,8 +18,8 @@ from diffusers_linattn.samples.reading import Samples
 from diffusers_linattn.samples.recorder import Recorder
 from diffusers_linattn.samples.settings import (
     FORMAT_VERSION,
+    NOT_JSON,
     Assignment,
-    as_json,
     describe_pipeline,
     read_prompts,
     read_sizes,
@@ -80,7 +81,7 @@ def make_samples(
             call[name] = value
     recorder = Recorder(pipe, call)
     classes = recorder.model.config.num_embeds_ada_norm if recorder.of_classes else None
-    settings = as_json(
+    settings = as_read_back(
         {
             "format_version": FORMAT_VERSION,
             "num_samples": num_samples,
@@ -89,13 +90,17 @@ def make_samples(
             "seed": seed,
             "call_arguments": call,
             "model": describe_pipeline(pipe),
-        }
+        },
+        NOT_JSON,
     )
     return fill_directory(Path(directory), recorder, _Generated(pipe, Assignment(settings), batch_size))
 
 
 class _Generated(Source):
     """Latents that the pipeline makes."""
+
+    def check(self, plan: dict[str, Any]) -> None:
+        """The plan comes from runs of this very pipeline: there is nothing more to try."""
 
     def latents(self, indices: Sequence[int], size: Size, shape: Sequence[int]) -> torch.Tensor:
         assignment = self.assignment

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from diffusers_linattn.files import nearest_existing
 from diffusers_linattn.generation import call_parameters
 from diffusers_linattn.samples.arguments import Places, batch_of, first_difference, leaves, row
 from diffusers_linattn.samples.conditioning import ConditioningRecorder, Size, size_arguments, size_name
@@ -75,8 +76,7 @@ def check_disk(directory: Path, assignment: Assignment, plan: dict[str, Any]) ->
     """Raise if what is still to be made will not fit on the disk."""
     need = assignment.num_samples * plan["sample_bytes"] + len(assignment.prompts) * plan["prompt_bytes"]
     need -= sum(path.stat().st_size for path in directory.glob("*.safetensors"))
-    place = next(folder for folder in (directory, *directory.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(nearest_existing(directory)).free
     if need > free:
         raise ValueError(
             f"{directory} needs about {need / 1e9:.2f} GB more, but the disk has {free / 1e9:.2f} GB left: free some, "

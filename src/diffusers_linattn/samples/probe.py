@@ -124,7 +124,7 @@ def _check_latents(run: Run, name: str, transformer: str) -> None:
     for arguments, step in zip(run.calls, run.steps, strict=True):
         taken, looped = _one_tensor(arguments[name]), step.sample
         assert taken is not None
-        alike = _sizes(taken.shape) == _sizes(looped.shape)
+        alike = sizes_above_one(taken.shape) == sizes_above_one(looped.shape)
         if alike:  # schedulers may scale their model's input, no more
             a, b = taken.double().flatten(), looped.double().flatten()
             alike = bool(torch.nn.functional.cosine_similarity(a, b, dim=0) > 0.99)
@@ -135,7 +135,8 @@ def _check_latents(run: Run, name: str, transformer: str) -> None:
             )
 
 
-def _sizes(shape: Sequence[int]) -> list[int]:
+def sizes_above_one(shape: Sequence[int]) -> list[int]:
+    """A shape without the dimensions that can be inserted and left out at will."""
     return [size for size in shape if size != 1]
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusers_linattn.files import read_json
+from diffusers_linattn.files import read_json, read_lines
 from diffusers_linattn.generation import scheduler_of
 from diffusers_linattn.linearize import single_transformer_of
 from diffusers_linattn.ops.checks import check_positive_int
@@ -22,6 +22,7 @@ from diffusers_linattn.samples.recorder import ONE_TRANSFORMER
 FORMAT_VERSION = 2
 SETTINGS_NAME = "settings.json"
 DEFAULT_SIZE = (0, 0)  # the pipeline's own
+NOT_JSON = "call_arguments must be JSON-able, to tell whether a run can go on"
 
 
 @dataclass(frozen=True)
@@ -86,11 +87,7 @@ def read_prompts(prompts: Any, num_samples: int, of_classes: bool, num_classes: 
         ValueError: None at all, or one that is empty or of another kind than the pipeline takes.
     """
     if isinstance(prompts, str | Path):
-        path = Path(prompts)
-        if not path.is_file():
-            raise ValueError(f"prompts: {path} is no file; give a list of prompts or a text file with one per line.")
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-        prompts = [int(line) if of_classes and line.isdigit() else line for line in lines if line]
+        prompts = [int(line) if of_classes and line.isdigit() else line for line in read_lines(Path(prompts))]
     if not isinstance(prompts, Iterable):
         raise ValueError(f"prompts is a {type(prompts).__name__}, expected a list, a text file or a dataset's column.")
     distinct: dict[Any, None] = {}
@@ -217,14 +214,6 @@ def open_directory(directory: Path, settings: dict[str, Any]) -> dict[str, Any] 
                 f"{directory} holds samples of other settings: {name} was {made['model'][name]}, now {value}: {advice}"
             )
     return content
-
-
-def as_json(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings as they will be read back: tuples are lists there."""
-    try:
-        return json.loads(json.dumps(settings, allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"call_arguments must be JSON-able, to tell whether a run can go on: {error}.") from error
 
 
 def _check_config(made: dict[str, Any], now: dict[str, Any], what: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
@@ -48,18 +49,18 @@ def hub_api(token: str | bool | None = None) -> HfApi:
     return HfApi(token=token, library_name="diffusers-linattn", library_version=__version__)
 
 
-class Source:
+class Source(ABC):
     """Files by name, from one place and one state of it."""
 
     where: str
 
+    @abstractmethod
     def find(self, name: str, max_bytes: int) -> Path | None:
         """The file `name`, `None` if there is none.
 
         Raises:
             ValueError: It is larger than `max_bytes`, or cannot be had.
         """
-        raise NotImplementedError
 
     def get(self, name: str, max_bytes: int) -> Path:
         """The file `name`, or a ValueError if there is none."""
@@ -70,6 +71,7 @@ class Source:
 
     def remember(self) -> None:
         """Called when all files have been found."""
+        return  # a folder has nothing to remember
 
     def header(self, name: str) -> tuple[Header, int] | None:
         """The header of the safetensors file `name` and the size of the file, `None` if there is none."""
