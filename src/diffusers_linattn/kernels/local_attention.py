@@ -74,7 +74,7 @@ def local_attention_triton(
     query is (B, H, N, D), key and value (B, key heads, N, D), pooled_key and pooled_value (B, key heads | H, P, D)
     with P = 0 where there are none, mask (B | 1, H | 1, 1, N), `layout` is `TokenLayout.encode()`. The output is
     (B, H, N, D) in the memory order of (B, N, H, D), the second result fp32 (B, H, N), +inf for queries that see
-    nothing.
+    nothing. Both have gradients.
     """
     from diffusers_linattn.kernels.local_attention_forward import forward_kernel
 
@@ -104,10 +104,12 @@ def _(query: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
 @torch.library.custom_op(
     "diffusers_linattn::local_attention_triton_backward",
     mutates_args=(),
-    schema=f"(Tensor grad, Tensor out, Tensor lse, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema=f"(Tensor grad, Tensor grad_lse, Tensor out, Tensor lse, {_INPUTS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def local_attention_triton_backward(
     grad: torch.Tensor,
+    grad_lse: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
     query: torch.Tensor,
@@ -125,7 +127,9 @@ def local_attention_triton_backward(
     from diffusers_linattn.kernels.local_attention_query_gradient import query_gradient_kernel
 
     call = _Call(query, key, value, pooled_key, pooled_value, mask, layout, window, temporal_window, scale)
-    grad, delta, dquery = _adjacent(grad), torch.empty_like(lse), _empty_like(query)
+    grad, dquery = _adjacent(grad), _empty_like(query)
+    # Both sums are of weights times a number per query, to which the kernel adds the output's part.
+    delta = grad_lse.mul(-_LOG2_E).contiguous()
     tiles = call.configuration.query_gradient
     lists, queries, keys = plan(*call.window, tiles)
     _launch(
@@ -149,6 +153,7 @@ def local_attention_triton_backward(
 @local_attention_triton_backward.register_fake
 def _(
     grad: torch.Tensor,
+    grad_lse: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
     query: torch.Tensor,
@@ -163,13 +168,13 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None:
     *tensors, layout, window, temporal_window, scale = inputs
-    ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*output, *tensors)
     ctx.settings = (layout, window, temporal_window, scale)
 
 
-def _backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    return (*local_attention_triton_backward(grad, *ctx.saved_tensors, *ctx.settings), None, None, None, None, None)
+def _backward(ctx: Any, grad: torch.Tensor, grad_lse: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    gradients = local_attention_triton_backward(grad, grad_lse, *ctx.saved_tensors, *ctx.settings)
+    return (*gradients, None, None, None, None, None)
 
 
 local_attention_triton.register_autograd(_backward, setup_context=_setup_context)

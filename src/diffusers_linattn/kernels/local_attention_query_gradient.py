@@ -176,7 +176,7 @@ def query_gradient_kernel(
     HAS_POOLED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid (items, batch * heads). Writes dquery and delta, the inner product of each output with its gradient."""
+    """Grid (items, batch * heads). Writes dquery, and adds each output's inner product with its gradient to delta."""
     BLOCK_N: tl.constexpr = KEY_FRAMES * KEY_ROWS * KEY_COLUMNS
     batch, head = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
     key += batch * stride_kb + head // groups * stride_kh
@@ -196,7 +196,8 @@ def query_gradient_kernel(
     q = load_rows(query + token[:, None] * stride_qn + dim[None, :], valid, HEAD_DIM, BLOCK_DIM)
     o = load_rows(out + token[:, None] * stride_on + dim[None, :], valid, HEAD_DIM, BLOCK_DIM)
     g = load_rows(dout + token[:, None] * stride_gn + dim[None, :], valid, HEAD_DIM, BLOCK_DIM)
-    products = tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)
+    products = tl.load(delta + numbers + token, mask=valid, other=0.0)
+    products += tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)
     tl.store(delta + numbers + token, products, mask=valid)
     sums = tl.load(lse + numbers + token, mask=valid, other=float("inf"))
 

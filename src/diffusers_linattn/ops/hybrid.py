@@ -10,11 +10,13 @@ import math
 import torch
 import torch.nn.functional as F
 
+from diffusers_linattn.kernels.local_attention import local_attention_triton
 from diffusers_linattn.layout import TokenLayout
 from diffusers_linattn.ops import reference
 from diffusers_linattn.ops.checks import check_attention_inputs, check_choice, check_positive_int, repeat_heads
 from diffusers_linattn.ops.features import FeatureMapArgument, full_precision, resolve_feature_map
 from diffusers_linattn.ops.local import IMPLS, local_attention
+from diffusers_linattn.ops.local_choice import choose_impl, why_not_triton
 from diffusers_linattn.ops.masks import KeyMask, reduce_to_key_mask, take
 
 
@@ -61,13 +63,13 @@ def hybrid_attention(
             grid query that sees anything. Queries that see nothing give 0. No gradient flows to it.
         scale: Softmax scale, `None` is `head_dim ** -0.5`. Features are taken of query and key as they are.
         enable_gqa: Whether key and value may have fewer heads than query.
-        impl: How the softmax part is computed: `"triton"` (head_dim at most 255, value_dim at most 254), `"tiled"` or
-            `"dense"`, see [`local_attention`], which chooses for `None`; or `"reference"` (all of it, quadratic).
+        impl: How the softmax part is computed: `"triton"`, `"tiled"` or `"dense"`, see [`local_attention`], chosen as
+            there for `None`; or `"reference"` (all of it, quadratic).
 
     Returns:
         (batch, heads, tokens, value_dim) in the value's dtype. The softmax part is computed in that dtype, the linear
         part and the sum of the two in fp32, or fp64 for fp64, whatever autocast says. In fp16 the softmax part loses
-        precision where all scores of a query are below about -10.
+        precision where all scores of a query are below about -10, other than with `"triton"`.
 
     Raises:
         ValueError: Shapes or dtypes that do not fit each other or the layout, a window below 1, an unknown
@@ -116,7 +118,9 @@ def hybrid_attention(
                 scale=scale,
             )
         else:
-            near, null_weight = _attend_nearby(query, key, value, layout, window, temporal_window, mask, scale, impl)
+            impl = choose_impl(query, value, layout, window, temporal_window, mask) if impl is None else impl
+            attend = _attend_in_kernel if impl == "triton" else _attend_with_null_key
+            near, null_weight = attend(query, key, value, layout, window, temporal_window, mask, scale, impl)
             far = phi_q @ (_grid_state(phi_k, value, layout, key_mask) * far_weight[:, None, None])
             summed = torch.addcmul(near, far, null_weight)
             output, total = summed[..., :-1], summed[..., -1:]
@@ -147,7 +151,7 @@ def unit_mean_scale(feature_map: FeatureMapArgument, features: int) -> float:
     return 1 / (features * mean**2)
 
 
-def _attend_nearby(
+def _attend_in_kernel(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -156,7 +160,35 @@ def _attend_nearby(
     temporal_window: int | None,
     mask: torch.Tensor | None,
     scale: float,
-    impl: str | None,
+    impl: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As [`_attend_with_null_key`], by the kernel that gives log Σ exp(s) as well."""
+    reason = why_not_triton(query, value, mask)
+    if reason is not None:
+        raise ValueError(f"impl='{impl}' cannot answer this call: {reason}.")
+    while mask is not None and mask.ndim < 4:
+        mask = mask[None]
+    pooled = key[:, :, :0]
+    settings = (layout.encode(), window, temporal_window, scale)
+    out, lse = local_attention_triton(query, key, value, pooled, pooled, mask, *settings)
+    lse = (lse * math.log(2)).masked_fill(lse == float("inf"), float("-inf"))[..., None]  # +inf: sees nothing
+    divisor = lse.detach().clamp(min=0)
+    total, null_weight = (lse - divisor).exp(), (-divisor).exp()
+    for segment in layout.text:
+        null_weight[:, :, segment.start : segment.stop] = 0
+    return torch.cat([out * total, total], -1), null_weight
+
+
+def _attend_with_null_key(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: TokenLayout,
+    window: int,
+    temporal_window: int | None,
+    mask: torch.Tensor | None,
+    scale: float,
+    impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The sums of the softmax part and what a weight of 1 is beside them, for all queries.
 
