@@ -48,9 +48,10 @@ def test_the_flux_example_is_short_and_parses() -> None:
     assert len(source.splitlines()) <= 40
 
 
-def test_the_pipeline_in_the_repository_is_small() -> None:
-    size = sum(path.stat().st_size for path in (EXAMPLES / "glyphs").rglob("*") if path.is_file())
-    assert size < 10e6
+@pytest.mark.parametrize("name", ["pipeline", "pixart_pipeline"])
+def test_a_pipeline_in_the_repository_is_small(name: str) -> None:
+    size = sum(path.stat().st_size for path in (EXAMPLES / "glyphs" / name).rglob("*") if path.is_file())
+    assert 1e6 < size < 10e6
 
 
 @pytest.mark.slow
