@@ -278,6 +278,34 @@ def test_a_lora_is_trained_saved_small_and_beside_others(samples: Samples, tmp_p
         distill(pipe, samples, tmp_path / "more", **{**options, "rank": 5})
 
 
+def test_a_lora_is_added_to_layers_that_are_converted_later(samples: Samples, tmp_path: Path) -> None:
+    pipe = linearize(tiny.flux_pipeline(guidance_embeds=True), LinearProcessor(), layers="transformer_blocks.*")
+    options = {**QUICK, "trainable": "lora", "rank": 3, "transfer_learning_rate": 1e-2}
+    distill(pipe, samples, tmp_path / "first", **options)
+    first = load_file(tmp_path / "first" / WEIGHTS)
+    linearize(pipe, LinearProcessor(), layers="single_transformer_blocks.*")
+    before = state_of(pipe)
+    with pytest.raises(ValueError, match="fp16 cannot be trained on a CPU"):
+        distill(pipe, samples, tmp_path / "second", **options, mixed_precision="fp16")
+    assert same(before, state_of(pipe))
+    # Layers that have matrices go on from those; as many steps as would change them visibly.
+    distill(pipe, samples, tmp_path / "second", **{**options, "transfer_learning_rate": 1e-9, "learning_rate": 1e-9})
+    second = load_file(tmp_path / "second" / WEIGHTS)
+    low_rank = {name for name in second if "lora_" in name}
+    assert {name.split(".attn.")[0] for name in low_rank} == {
+        f"{kind}.{i}" for kind in ("transformer_blocks", "single_transformer_blocks") for i in range(2)
+    }
+    for name in first:
+        torch.testing.assert_close(second[name], first[name], atol=1e-6, rtol=0)
+    other = load_linear_attention(tiny.flux_pipeline(guidance_embeds=True), tmp_path / "second")
+    with torch.no_grad():
+        inputs = {**tiny.flux_inputs(), "guidance": torch.ones(2)}
+        torch.testing.assert_close(other.transformer(**inputs)[0], pipe.transformer(**inputs)[0])
+    restore(pipe)
+    assert not any("lora_" in name for name in pipe.transformer.state_dict())
+    assert not hasattr(pipe.transformer, "peft_config")
+
+
 def test_a_mixed_model_trains_and_saves_like_any_other(pipe: Any, samples: Samples, tmp_path: Path) -> None:
     mapping = {
         "transformer_blocks.0.attn": ClearProcessor(window=2),
