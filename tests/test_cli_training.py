@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hub_server import Hub
 from PIL import Image
 
 import diffusers_linattn.cli.distill_command as distill_command
@@ -283,6 +284,20 @@ def test_errors_are_explained_before_a_model_is_loaded(
             main([str(argument) for argument in arguments])
         assert caught.value.code == 2
     assert not (tmp_path / "out").exists()
+
+
+def test_a_result_is_published_where_that_is_possible(
+    model: Path, samples: Path, tmp_path: Path, hub: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quick = ["--processor", "linear", "--transfer-steps", "1", "--steps", "0", "--batch-size", "2", "--device", "cpu"]
+    places = ["--samples", samples, "--output-dir", tmp_path / "student"]
+    # Known before the model is loaded.
+    for repo, message in (("you/it", "me cannot push to you/it"), ("it", "does not say whose repository")):
+        arguments = ["--model", tmp_path / "no-model", *places, *quick, "--push-to-hub", repo]
+        assert message in run(capsys, "distill", *arguments, status=1)
+    text = run(capsys, "distill", "--model", model, *places, *quick, "--push-to-hub", "me/it")
+    assert f"{hub.endpoint}/me/it/commit/" in text
+    assert {"linear_attention.safetensors", "README.md"} < set(hub.files("me/it"))
 
 
 def test_the_help_of_every_command_prints(capsys: pytest.CaptureFixture[str]) -> None:

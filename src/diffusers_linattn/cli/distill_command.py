@@ -18,10 +18,11 @@ from diffusers_linattn.cli.arguments import (
     labels_if_classes,
     load_pipeline,
     processor_of,
+    start_process,
 )
 from diffusers_linattn.cli.config_file import add_config_file
 from diffusers_linattn.distill import distill
-from diffusers_linattn.hub import push_folder
+from diffusers_linattn.hub import check_can_push, push_folder
 from diffusers_linattn.samples import Samples
 from diffusers_linattn.training.config import DistillConfig
 
@@ -73,6 +74,8 @@ def add_distill(parser: argparse.ArgumentParser) -> Run:
         processor = processor_of(options)
         config = settings_of(options)
         samples = Samples(options.samples)
+        if start_process(options).is_main_process and options.push_to_hub:
+            check_can_push(options.push_to_hub)
         pipe = load_pipeline(options)
         convert(pipe, processor, options)
         prompts = labels_if_classes(pipe, config.validation_prompts)
