@@ -266,9 +266,7 @@ class _Api(_Handler):
         roles = {OWNER: "write", READER: "read"}
         if self.token in roles:
             orgs = [{"name": "lab", "roleInOrg": "contributor"}, {"name": "club", "roleInOrg": "read"}]
-            return self.send(
-                200, {"name": "me", "orgs": orgs, "auth": {"accessToken": {"role": roles[self.token]}}}
-            )
+            return self.send(200, {"name": "me", "orgs": orgs, "auth": {"accessToken": {"role": roles[self.token]}}})
         return self.error(401, "", "Invalid credentials in Authorization header")
 
     def create(self) -> None:

@@ -114,8 +114,15 @@ def test_prompts_pictures_and_resolutions(tmp_path: Path, capsys: pytest.Capture
     text = run(capsys, "samples", *common, "--images", tmp_path / "pictures", "--output-dir", tmp_path / "encoded")
     assert text == f"2 samples in {tmp_path / 'encoded'}\n"
     assert Samples(tmp_path / "encoded").prompt_of(1) == "the red cat"
-    refused = [*common, "--images", tmp_path / "pictures", "--guidance-scale", "2", "--output-dir", tmp_path / "x"]
-    assert "has no meaning with --images" in run(capsys, "samples", *refused, status=1)
+    for source, flag in (
+        (["--images", tmp_path / "pictures"], ["--guidance-scale", "2"]),
+        (["--images", tmp_path / "pictures"], ["--num-samples", "2"]),
+        (["--prompts", tmp_path / "prompts.txt"], ["--caption-column", "caption"]),
+        (["--classes", "3"], ["--dataset-split", "test"]),
+    ):
+        refused = run(capsys, "samples", *common, *source, *flag, "--output-dir", tmp_path / "x", status=1)
+        assert f"{flag[0]} has no meaning with {source[0]}" in refused
+    assert not (tmp_path / "x").exists()
 
 
 VALUES: dict[str, tuple[list[str], Any]] = {
@@ -260,6 +267,7 @@ def test_errors_are_explained_before_a_model_is_loaded(
         (["--init", "me/it", "--layers", "a.*"], "--layers goes with --processor"),
         (["--processor", "clear", "--weight-name", "x"], "leave one of them out"),
         (["--processor", "clear", "--steps", "-1"], "steps must be"),
+        (["--processor", "clear", "--rank", "8"], "--rank is that of a LoRA, and --trainable is attention"),
         (["--processor", "clear", "--samples", tmp_path / "no"], "manifest.json does not exist"),
     ):
         assert message in run(capsys, "distill", *places, *arguments, status=1)

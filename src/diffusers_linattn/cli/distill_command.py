@@ -102,9 +102,16 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
 
 
 def settings_of(options: argparse.Namespace) -> DistillConfig:
-    """The training settings among the options."""
+    """The training settings among the options.
+
+    Raises:
+        ValueError: A value out of its range, or a rank without a LoRA.
+    """
     names = [field.name for field in dataclasses.fields(DistillConfig)]
-    return DistillConfig(**{name: getattr(options, name) for name in names if hasattr(options, name)})
+    config = DistillConfig(**{name: getattr(options, name) for name in names if hasattr(options, name)})
+    if hasattr(options, "rank") and config.trainable != "lora":
+        raise ValueError(f"--rank is that of a LoRA, and --trainable is {config.trainable}: give --trainable lora.")
+    return config
 
 
 def _default_of(field: dataclasses.Field[Any]) -> str:
