@@ -39,6 +39,7 @@ from diffusers_linattn.linearize import layers_of
 from diffusers_linattn.samples import Samples
 from diffusers_linattn.training.loop import DivergedError
 from diffusers_linattn.training.objective import Denoising, draw, objective_of, split_variance
+from diffusers_linattn.training.validation import Validation
 
 import tiny
 from model_cases import CASES
@@ -169,6 +170,40 @@ def test_a_stopped_run_ends_the_same(
         for name in ("whole", "broken")
     ]
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("at", ["validation", "checkpoint"])
+def test_a_signal_after_the_last_step_is_not_lost(
+    samples: Samples, tmp_path: Path, at: str, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pictures of the last step take minutes at real sizes, and so may its checkpoint."""
+    import diffusers_linattn.training.loop as loop
+
+    owner, name = (Validation, "__call__") if at == "validation" else (loop, "write_checkpoint")
+    original: Any = getattr(owner, name)
+
+    def stops(*args: Any) -> Any:
+        result = original(*args)
+        signal.raise_signal(number)
+        return result
+
+    options = {"transfer_steps": 1, "steps": 1, "batch_size": 2, "validation_steps": 2, "validation_prompts": ["a cat"]}
+    out = tmp_path / "student"
+    pipe = student()
+    before = state_of(pipe)
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, name, stops)
+        with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit):
+            distill(pipe, samples, out, **options)
+    assert same(before, state_of(pipe))
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert (out / "validation.jsonl").read_text().count("\n") == 1
+    assert not (out / WEIGHTS).exists()
+    monkeypatch.setattr(Samples, "batch", lambda *_: pytest.fail("a step was taken again"))
+    distill(pipe, samples, out, **options)
+    assert (out / WEIGHTS).exists()
+    assert (out / "validation.jsonl").read_text().count("\n") == 1
 
 
 def test_checkpoints_are_kept_as_many_as_asked_for(

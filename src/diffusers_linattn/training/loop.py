@@ -108,6 +108,9 @@ class Loop:
                 self._is_last = number == len(phases) - 1
                 resumed = number == position["phase"] and checkpoint is not None
                 self._run_phase(number, phase, position if resumed else _START, checkpoint if resumed else None)
+            # One that came while the last checkpoint was being written.
+            if stopping := self._stopped():
+                self._stop(stopping)
         return self.rows
 
     def _run_phase(self, number: int, phase: Phase, position: Mapping[str, Any], checkpoint: Path | None) -> None:
@@ -163,7 +166,7 @@ class Loop:
         done = len(self.rows)
         if self.validate and self.config.validation_steps and done % self.config.validation_steps == 0:
             self._validate(running)
-        stopping = self._stopped()
+        stopping = self._stopped()  # perhaps while the pictures were drawn
         at_the_end = self._is_last and step + 1 == running.phase.steps
         due = done % self.config.checkpointing_steps == 0 or at_the_end or stopping
         if due and self.directory is not None:
