@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from diffusers import (
     DDPMScheduler,
     EulerDiscreteScheduler,
@@ -37,6 +38,7 @@ from diffusers_linattn import (
 )
 from diffusers_linattn.linearize import layers_of
 from diffusers_linattn.samples import Samples
+from diffusers_linattn.training.environment import SHARDED
 from diffusers_linattn.training.loop import DivergedError
 from diffusers_linattn.training.objective import Denoising, draw, objective_of, split_variance
 from diffusers_linattn.training.validation import Validation
@@ -188,7 +190,13 @@ def test_a_signal_after_the_last_step_is_not_lost(
         signal.raise_signal(number)
         return result
 
-    options = {"transfer_steps": 1, "steps": 1, "batch_size": 2, "validation_steps": 2, "validation_prompts": ["a cat"]}
+    options = {
+        "transfer_steps": 1,
+        "steps": 1,
+        "batch_size": 2,
+        "validation_steps": 2,
+        "validation_prompts": ["a cat"],
+    }
     out = tmp_path / "student"
     pipe = student()
     before = state_of(pipe)
@@ -281,6 +289,82 @@ def test_two_processes_are_one_with_twice_the_batch(samples: Samples, tmp_path: 
     assert distance(one, two) < 1e-4
     assert distance(one, split) < 1e-4
     assert distance(one, half) > 1e-3  # the batch matters
+
+
+DIVIDED = """
+import json, os, signal, sys, torch
+sys.path.insert(0, {tests!r})
+import tiny
+from diffusers_linattn import LinearProcessor, distill, linearize
+from diffusers_linattn.samples import Samples
+from diffusers_linattn.training.zero import DividedOptimizer
+torch.set_num_threads(1)
+batch, step, drawn, held = Samples.batch, DividedOptimizer.step, [], []
+
+def stops(self, *args):
+    drawn.append(1)
+    if len(drawn) in (3, 5):
+        signal.raise_signal(signal.SIGTERM)
+    return batch(self, *args)
+
+def counted(self, *args, **kwargs):
+    result = step(self, *args, **kwargs)
+    sizes = [v.numel() for state in self.optim.state.values() for v in state.values() if v.numel() > 1]
+    held.append([sum(sizes), 2 * sum(p.numel() for group in self.param_groups for p in group["params"])])
+    return result
+
+def train(name, **options):
+    pipe = linearize(tiny.flux_pipeline(guidance_embeds=True), LinearProcessor(feature_map="hedgehog"))
+    distill(pipe, {samples!r}, {output!r} + "/" + name, transfer_steps=2, steps=4, batch_size=2,
+            transfer_learning_rate=1e-2, learning_rate=1e-3, ema_decay=0.9, **options)
+
+train("whole")
+DividedOptimizer.step = counted
+train("divided", shard_optimizer=True)
+Samples.batch = stops
+for options in ({{"shard_optimizer": True}}, {{"shard_optimizer": True}}, {{}}):  # whole again at the end
+    try:
+        train("stopped", **options)
+    except SystemExit:
+        continue
+assert len(drawn) == 6
+with open({output!r} + "/held" + os.environ["RANK"] + ".json", "w") as file:
+    json.dump(held, file)
+"""
+
+
+@pytest.mark.slow
+def test_an_optimizer_divided_among_processes_does_the_same(samples: Samples, tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(DIVIDED.format(tests=str(ROOT / "tests"), samples=str(samples.directory), output=str(tmp_path)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(script)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    whole, divided, stopped = (load_file(tmp_path / name / WEIGHTS) for name in ("whole", "divided", "stopped"))
+    for name, weight in whole.items():
+        torch.testing.assert_close(divided[name], weight, atol=1e-6, rtol=0)
+        torch.testing.assert_close(stopped[name], weight, atol=1e-6, rtol=0)
+    for rank in range(2):
+        for held, all_of_it in json.loads((tmp_path / f"held{rank}.json").read_text()):
+            assert 0 < held < 0.7 * all_of_it
+
+
+def test_an_optimizer_that_cannot_be_divided_is_refused(samples: Samples, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there is only this one: leave it out"):
+        distill(student(), samples, tmp_path / "student", **QUICK, shard_optimizer=True)
+    assert not (tmp_path / "student").exists()
+
+
+@pytest.mark.parametrize(("name", "processes"), [("one_gpu", 1), ("two_gpus", 2), ("eight_gpus", 8)])
+def test_the_configurations_for_accelerate_are_read_by_it(name: str, processes: int) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(ROOT / "examples" / "accelerate" / f"{name}.yaml"))
+    assert config.num_processes == processes
+    assert config.mixed_precision == "bf16"
+    assert config.distributed_type == (DistributedType.NO if processes == 1 else DistributedType.MULTI_GPU)
+    assert config.distributed_type not in SHARDED
 
 
 def test_a_lora_is_trained_saved_small_and_beside_others(samples: Samples, tmp_path: Path) -> None:

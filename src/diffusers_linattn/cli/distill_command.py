@@ -49,7 +49,7 @@ GROUPS = {
         "timestep_sampling",
         "prompt_dropout",
     ),
-    "memory and speed": ("mixed_precision", "gradient_checkpointing", "compile"),
+    "memory and speed": ("mixed_precision", "gradient_checkpointing", "shard_optimizer", "compile"),
     "checkpoints": ("checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint"),
     "validation and trackers": ("validation_steps", "validation_prompts", "report_to"),
 }
