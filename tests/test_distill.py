@@ -41,6 +41,7 @@ from diffusers_linattn.samples import Samples
 from diffusers_linattn.training.environment import SHARDED
 from diffusers_linattn.training.loop import DivergedError
 from diffusers_linattn.training.objective import Denoising, draw, objective_of, split_variance
+from diffusers_linattn.training.optimizers import OTHER_PACKAGES
 from diffusers_linattn.training.validation import Validation
 
 import tiny
@@ -509,7 +510,6 @@ def test_bad_requests_fail_before_the_work(pipe: Any, samples: Samples, tmp_path
         ({"trainable": "processors"}, "leaves nothing to train: ClearProcessor as configured adds no weights"),
         ({"batch_size": 11}, "holds 10 samples, too few for batches of 11"),
         ({"optimizer": "adamx"}, "Unknown optimizer 'adamx': expected one of"),
-        ({"optimizer": "prodigy"}, "needs prodigyopt: pip install prodigyopt"),
         ({"optimizer_arguments": {"beta": 1}}, "AdamW does not take these arguments"),
         ({"lr_scheduler": "cosin"}, "Unknown lr_scheduler 'cosin'"),
         ({"learning_rates": 1}, r"no setting 'learning_rates'. Did you mean learning_rate\?"),
@@ -534,6 +534,58 @@ def test_bad_requests_fail_before_the_work(pipe: Any, samples: Samples, tmp_path
     dit = linearize(tiny.dit_pipeline(), ClearProcessor(window=2))
     with pytest.raises(ValueError, match="DiTTransformer2DModel does not take LoRAs in diffusers"):
         distill(dit, samples, out, **QUICK, trainable="lora")
+
+
+OTHER_OPTIMIZERS = {
+    # Of weights as small as these it would keep whole moments.
+    "adamw8bit": {"optimizer_arguments": {"min_8bit_size": 256}, "learning_rate": 1e-3},
+    "prodigy": {"transfer_learning_rate": 1.0, "learning_rate": 1.0},
+}
+
+
+@pytest.mark.parametrize("name", OTHER_OPTIMIZERS)
+def test_optimizers_of_other_packages_train_and_go_on(
+    name: str, samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, kind, package = OTHER_PACKAGES[name]
+    assert hasattr(pytest.importorskip(module), kind), package
+    options = {"transfer_steps": 2, "steps": 3, "batch_size": 2, "checkpointing_steps": 1, "optimizer": name}
+    options |= OTHER_OPTIMIZERS[name]
+    template = LinearProcessor(feature_map="hedgehog")
+    pipe = student(template)
+    before = state_of(pipe)
+    curves = distill(pipe, samples, tmp_path / "whole", **options)
+    assert len(curves["end_to_end"]) == 3
+    assert not same(before, state_of(pipe))
+    batch, drawn = Samples.batch, []
+
+    def crashes(self: Samples, *args: Any) -> Any:
+        drawn.append(1)
+        if len(drawn) == 5:
+            raise RuntimeError("crash")
+        return batch(self, *args)
+
+    monkeypatch.setattr(Samples, "batch", crashes)
+    with pytest.raises(RuntimeError, match="crash"):
+        distill(student(template), samples, tmp_path / "broken", **options)
+    state = torch.load(tmp_path / "broken" / "checkpoint-4" / "optimizer.bin")["state"]
+    dtypes = {x.dtype for moments in state.values() for x in moments.values() if isinstance(x, torch.Tensor)}
+    assert (torch.uint8 in dtypes) == (name == "adamw8bit")
+    distill(student(template), samples, tmp_path / "broken", **options)
+    assert len(drawn) == 6
+    whole, broken = (load_file(tmp_path / folder / WEIGHTS) for folder in ("whole", "broken"))
+    assert same(whole, broken)
+
+
+@pytest.mark.parametrize("name", OTHER_OPTIMIZERS)
+def test_optimizers_of_packages_that_are_missing(
+    name: str, samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, _, package = OTHER_PACKAGES[name]
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ValueError, match=f"needs {package}: pip install {package}"):
+        distill(student(), samples, tmp_path / "student", **QUICK, optimizer=name)
+    assert not (tmp_path / "student").exists()
 
 
 def test_an_output_directory_with_something_else_is_left_alone(samples: Samples, tmp_path: Path) -> None:
