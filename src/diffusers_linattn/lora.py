@@ -136,7 +136,8 @@ def add_lora(model: Any, lora: Mapping[str, LowRank], *, converted: Collection[n
     config = LoraConfig(r=max(ranks.values()), rank_pattern=ranks, target_modules=list(lora))
     earlier = getattr(model, "peft_config", {}).get(LORA_NAME)
     inject_adapter_in_model(config, model, LORA_NAME)
-    if earlier is not None:  # peft keeps one configuration per name
+    # peft keeps one configuration per name; a pattern, which only others write, cannot be joined with names.
+    if earlier is not None and not isinstance(earlier.target_modules, str):
         config.target_modules |= earlier.target_modules
         config.rank_pattern |= earlier.rank_pattern
     model._hf_peft_config_loaded = True
