@@ -31,13 +31,15 @@ from diffusers_linattn import (
     push_linear_attention,
     status,
 )
+from diffusers_linattn.hub import check_can_push
 
 
+# With the arguments that they take from here.
 PROCESSORS = {
-    "clear": lambda args: ClearProcessor(window=args.window, down_factor=args.down_factor),
-    "hybrid": lambda args: HybridProcessor(window=args.window),
-    "linear": lambda args: LinearProcessor(feature_map="hedgehog"),
-    "gla": lambda args: GLAProcessor(),
+    "clear": (ClearProcessor, {"window": 16, "down_factor": 1}),
+    "hybrid": (HybridProcessor, {"window": 16}),
+    "linear": (LinearProcessor, {"feature_map": "hedgehog"}),
+    "gla": (GLAProcessor, {}),
 }
 
 
@@ -58,8 +60,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--num_inference_steps", type=int)
     # The attention.
     parser.add_argument("--processor", choices=PROCESSORS, default="clear")
-    parser.add_argument("--window", type=int, default=16, help="radius in tokens")
-    parser.add_argument("--down_factor", type=int, default=1, help="of clear: above 1, pooled keys see everything")
+    parser.add_argument("--window", type=int, help="of clear and hybrid: radius in tokens (16)")
+    parser.add_argument("--down_factor", type=int, help="of clear: above 1, pooled keys see everything (1)")
     parser.add_argument("--layers", nargs="*", help="patterns of layer names, such as 'transformer_blocks.*'")
     parser.add_argument("--rank", type=int, help="train a LoRA of this rank instead of the projections themselves")
     # The training.
@@ -89,12 +91,19 @@ def parse_args() -> argparse.Namespace:
         parser.error("--push_to_hub needs --hub_model_id, such as me/flux-clear-16")
     if (args.height is None) != (args.width is None):
         parser.error("--height and --width go together")
+    kind, arguments = PROCESSORS[args.processor]
+    given = {name: getattr(args, name) for name in ("window", "down_factor") if getattr(args, name) is not None}
+    for name in given.keys() - arguments.keys():
+        parser.error(f"--{name} does not go with --processor {args.processor}")
+    args.template = kind(**{**arguments, **given})
     return args
 
 
 def main() -> None:
     args = parse_args()
     state = PartialState(cpu=not torch.accelerator.is_available())
+    if args.push_to_hub and state.is_main_process:
+        check_can_push(args.hub_model_id)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}[args.mixed_precision]
     pipe = DiffusionPipeline.from_pretrained(
         args.pretrained_model_name_or_path, dtype=dtype, revision=args.revision, variant=args.variant
@@ -106,7 +115,7 @@ def main() -> None:
         args.output_dir / "samples",
         num_samples=args.num_samples,
         batch_size=args.sample_batch_size,
-        resolutions=[(args.height, args.width)] if args.height and args.width else None,
+        resolutions=None if args.height is None else [(args.height, args.width)],
         guidance_scale=args.guidance_scale,
         num_inference_steps=args.num_inference_steps,
         seed=args.seed,
@@ -138,7 +147,7 @@ def main() -> None:
     if (student / "linear_attention_config.json").exists():  # trained by an earlier run
         load_linear_attention(pipe, student)
     else:
-        linearize(pipe, PROCESSORS[args.processor](args), layers=args.layers)
+        linearize(pipe, args.template, layers=args.layers)
         distill(pipe, samples, student, config)
 
     if not state.is_main_process:

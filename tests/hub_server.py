@@ -23,6 +23,7 @@ import yaml
 
 
 OWNER = "hf_owner_token"
+READER = "hf_reader_token"  # of the same account
 STRANGER = "hf_stranger_token"
 LICENSES = {"apache-2.0", "mit", "openrail", "openrail++", "other", "cc-by-4.0", "cc-by-nc-4.0", "unknown"}
 LFS_SUFFIXES = (".safetensors", ".png", ".jpg", ".bin")
@@ -262,8 +263,10 @@ class _Api(_Handler):
         return repo, sha
 
     def whoami(self) -> None:
-        if self.token == OWNER:
-            return self.send(200, {"name": "me", "auth": {"accessToken": {"role": "write"}}})
+        roles = {OWNER: "write", READER: "read"}
+        if self.token in roles:
+            orgs = [{"name": "lab", "roleInOrg": "contributor"}, {"name": "club", "roleInOrg": "read"}]
+            return self.send(200, {"name": "me", "orgs": orgs, "auth": {"accessToken": {"role": roles[self.token]}}})
         return self.error(401, "", "Invalid credentials in Authorization header")
 
     def create(self) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hub_server import Hub
 from PIL import Image
 
 import diffusers_linattn.cli.distill_command as distill_command
@@ -113,8 +114,15 @@ def test_prompts_pictures_and_resolutions(tmp_path: Path, capsys: pytest.Capture
     text = run(capsys, "samples", *common, "--images", tmp_path / "pictures", "--output-dir", tmp_path / "encoded")
     assert text == f"2 samples in {tmp_path / 'encoded'}\n"
     assert Samples(tmp_path / "encoded").prompt_of(1) == "the red cat"
-    refused = [*common, "--images", tmp_path / "pictures", "--guidance-scale", "2", "--output-dir", tmp_path / "x"]
-    assert "has no meaning with --images" in run(capsys, "samples", *refused, status=1)
+    for source, flag in (
+        (["--images", tmp_path / "pictures"], ["--guidance-scale", "2"]),
+        (["--images", tmp_path / "pictures"], ["--num-samples", "2"]),
+        (["--prompts", tmp_path / "prompts.txt"], ["--caption-column", "caption"]),
+        (["--classes", "3"], ["--dataset-split", "test"]),
+    ):
+        refused = run(capsys, "samples", *common, *source, *flag, "--output-dir", tmp_path / "x", status=1)
+        assert f"{flag[0]} has no meaning with {source[0]}" in refused
+    assert not (tmp_path / "x").exists()
 
 
 VALUES: dict[str, tuple[list[str], Any]] = {
@@ -259,6 +267,7 @@ def test_errors_are_explained_before_a_model_is_loaded(
         (["--init", "me/it", "--layers", "a.*"], "--layers goes with --processor"),
         (["--processor", "clear", "--weight-name", "x"], "leave one of them out"),
         (["--processor", "clear", "--steps", "-1"], "steps must be"),
+        (["--processor", "clear", "--rank", "8"], "--rank is that of a LoRA, and --trainable is attention"),
         (["--processor", "clear", "--samples", tmp_path / "no"], "manifest.json does not exist"),
     ):
         assert message in run(capsys, "distill", *places, *arguments, status=1)
@@ -283,6 +292,20 @@ def test_errors_are_explained_before_a_model_is_loaded(
             main([str(argument) for argument in arguments])
         assert caught.value.code == 2
     assert not (tmp_path / "out").exists()
+
+
+def test_a_result_is_published_where_that_is_possible(
+    model: Path, samples: Path, tmp_path: Path, hub: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quick = ["--processor", "linear", "--transfer-steps", "1", "--steps", "0", "--batch-size", "2", "--device", "cpu"]
+    places = ["--samples", samples, "--output-dir", tmp_path / "student"]
+    # Known before the model is loaded.
+    for repo, message in (("you/it", "me cannot push to you/it"), ("it", "does not say whose repository")):
+        arguments = ["--model", tmp_path / "no-model", *places, *quick, "--push-to-hub", repo]
+        assert message in run(capsys, "distill", *arguments, status=1)
+    text = run(capsys, "distill", "--model", model, *places, *quick, "--push-to-hub", "me/it")
+    assert f"{hub.endpoint}/me/it/commit/" in text
+    assert {"linear_attention.safetensors", "README.md"} < set(hub.files("me/it"))
 
 
 def test_the_help_of_every_command_prints(capsys: pytest.CaptureFixture[str]) -> None:

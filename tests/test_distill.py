@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from diffusers import (
     DDPMScheduler,
     EulerDiscreteScheduler,
@@ -37,8 +38,11 @@ from diffusers_linattn import (
 )
 from diffusers_linattn.linearize import layers_of
 from diffusers_linattn.samples import Samples
+from diffusers_linattn.training.environment import SHARDED
 from diffusers_linattn.training.loop import DivergedError
 from diffusers_linattn.training.objective import Denoising, draw, objective_of, split_variance
+from diffusers_linattn.training.optimizers import OTHER_PACKAGES
+from diffusers_linattn.training.validation import Validation
 
 import tiny
 from model_cases import CASES
@@ -171,6 +175,46 @@ def test_a_stopped_run_ends_the_same(
     assert losses[0] == losses[1]
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("at", ["validation", "checkpoint"])
+def test_a_signal_after_the_last_step_is_not_lost(
+    samples: Samples, tmp_path: Path, at: str, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pictures of the last step take minutes at real sizes, and so may its checkpoint."""
+    import diffusers_linattn.training.loop as loop
+
+    owner, name = (Validation, "__call__") if at == "validation" else (loop, "write_checkpoint")
+    original: Any = getattr(owner, name)
+
+    def stops(*args: Any) -> Any:
+        result = original(*args)
+        signal.raise_signal(number)
+        return result
+
+    options = {
+        "transfer_steps": 1,
+        "steps": 1,
+        "batch_size": 2,
+        "validation_steps": 2,
+        "validation_prompts": ["a cat"],
+    }
+    out = tmp_path / "student"
+    pipe = student()
+    before = state_of(pipe)
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, name, stops)
+        with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit):
+            distill(pipe, samples, out, **options)
+    assert same(before, state_of(pipe))
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert (out / "validation.jsonl").read_text().count("\n") == 1
+    assert not (out / WEIGHTS).exists()
+    monkeypatch.setattr(Samples, "batch", lambda *_: pytest.fail("a step was taken again"))
+    distill(pipe, samples, out, **options)
+    assert (out / WEIGHTS).exists()
+    assert (out / "validation.jsonl").read_text().count("\n") == 1
+
+
 def test_checkpoints_are_kept_as_many_as_asked_for(
     samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -248,6 +292,82 @@ def test_two_processes_are_one_with_twice_the_batch(samples: Samples, tmp_path: 
     assert distance(one, half) > 1e-3  # the batch matters
 
 
+DIVIDED = """
+import json, os, signal, sys, torch
+sys.path.insert(0, {tests!r})
+import tiny
+from diffusers_linattn import LinearProcessor, distill, linearize
+from diffusers_linattn.samples import Samples
+from diffusers_linattn.training.zero import DividedOptimizer
+torch.set_num_threads(1)
+batch, step, drawn, held = Samples.batch, DividedOptimizer.step, [], []
+
+def stops(self, *args):
+    drawn.append(1)
+    if len(drawn) in (3, 5):
+        signal.raise_signal(signal.SIGTERM)
+    return batch(self, *args)
+
+def counted(self, *args, **kwargs):
+    result = step(self, *args, **kwargs)
+    sizes = [v.numel() for state in self.optim.state.values() for v in state.values() if v.numel() > 1]
+    held.append([sum(sizes), 2 * sum(p.numel() for group in self.param_groups for p in group["params"])])
+    return result
+
+def train(name, **options):
+    pipe = linearize(tiny.flux_pipeline(guidance_embeds=True), LinearProcessor(feature_map="hedgehog"))
+    distill(pipe, {samples!r}, {output!r} + "/" + name, transfer_steps=2, steps=4, batch_size=2,
+            transfer_learning_rate=1e-2, learning_rate=1e-3, ema_decay=0.9, **options)
+
+train("whole")
+DividedOptimizer.step = counted
+train("divided", shard_optimizer=True)
+Samples.batch = stops
+for options in ({{"shard_optimizer": True}}, {{"shard_optimizer": True}}, {{}}):  # whole again at the end
+    try:
+        train("stopped", **options)
+    except SystemExit:
+        continue
+assert len(drawn) == 6
+with open({output!r} + "/held" + os.environ["RANK"] + ".json", "w") as file:
+    json.dump(held, file)
+"""
+
+
+@pytest.mark.slow
+def test_an_optimizer_divided_among_processes_does_the_same(samples: Samples, tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(DIVIDED.format(tests=str(ROOT / "tests"), samples=str(samples.directory), output=str(tmp_path)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(script)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    whole, divided, stopped = (load_file(tmp_path / name / WEIGHTS) for name in ("whole", "divided", "stopped"))
+    for name, weight in whole.items():
+        torch.testing.assert_close(divided[name], weight, atol=1e-6, rtol=0)
+        torch.testing.assert_close(stopped[name], weight, atol=1e-6, rtol=0)
+    for rank in range(2):
+        for held, all_of_it in json.loads((tmp_path / f"held{rank}.json").read_text()):
+            assert 0 < held < 0.7 * all_of_it
+
+
+def test_an_optimizer_that_cannot_be_divided_is_refused(samples: Samples, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there is only this one: leave it out"):
+        distill(student(), samples, tmp_path / "student", **QUICK, shard_optimizer=True)
+    assert not (tmp_path / "student").exists()
+
+
+@pytest.mark.parametrize(("name", "processes"), [("one_gpu", 1), ("two_gpus", 2), ("eight_gpus", 8)])
+def test_the_configurations_for_accelerate_are_read_by_it(name: str, processes: int) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(ROOT / "examples" / "accelerate" / f"{name}.yaml"))
+    assert config.num_processes == processes
+    assert config.mixed_precision == "bf16"
+    assert config.distributed_type == (DistributedType.NO if processes == 1 else DistributedType.MULTI_GPU)
+    assert config.distributed_type not in SHARDED
+
+
 def test_a_lora_is_trained_saved_small_and_beside_others(samples: Samples, tmp_path: Path) -> None:
     from peft import LoraConfig
 
@@ -276,6 +396,34 @@ def test_a_lora_is_trained_saved_small_and_beside_others(samples: Samples, tmp_p
         torch.testing.assert_close(other.transformer(**inputs)[0], pipe.transformer(**inputs)[0])
     with pytest.raises(ValueError, match=r"have a LoRA of rank 3 already: give rank=3"):
         distill(pipe, samples, tmp_path / "more", **{**options, "rank": 5})
+
+
+def test_a_lora_is_added_to_layers_that_are_converted_later(samples: Samples, tmp_path: Path) -> None:
+    pipe = linearize(tiny.flux_pipeline(guidance_embeds=True), LinearProcessor(), layers="transformer_blocks.*")
+    options = {**QUICK, "trainable": "lora", "rank": 3, "transfer_learning_rate": 1e-2}
+    distill(pipe, samples, tmp_path / "first", **options)
+    first = load_file(tmp_path / "first" / WEIGHTS)
+    linearize(pipe, LinearProcessor(), layers="single_transformer_blocks.*")
+    before = state_of(pipe)
+    with pytest.raises(ValueError, match="fp16 cannot be trained on a CPU"):
+        distill(pipe, samples, tmp_path / "second", **options, mixed_precision="fp16")
+    assert same(before, state_of(pipe))
+    # Layers that have matrices go on from those; as many steps as would change them visibly.
+    distill(pipe, samples, tmp_path / "second", **{**options, "transfer_learning_rate": 1e-9, "learning_rate": 1e-9})
+    second = load_file(tmp_path / "second" / WEIGHTS)
+    low_rank = {name for name in second if "lora_" in name}
+    assert {name.split(".attn.")[0] for name in low_rank} == {
+        f"{kind}.{i}" for kind in ("transformer_blocks", "single_transformer_blocks") for i in range(2)
+    }
+    for name in first:
+        torch.testing.assert_close(second[name], first[name], atol=1e-6, rtol=0)
+    other = load_linear_attention(tiny.flux_pipeline(guidance_embeds=True), tmp_path / "second")
+    with torch.no_grad():
+        inputs = {**tiny.flux_inputs(), "guidance": torch.ones(2)}
+        torch.testing.assert_close(other.transformer(**inputs)[0], pipe.transformer(**inputs)[0])
+    restore(pipe)
+    assert not any("lora_" in name for name in pipe.transformer.state_dict())
+    assert not hasattr(pipe.transformer, "peft_config")
 
 
 def test_a_mixed_model_trains_and_saves_like_any_other(pipe: Any, samples: Samples, tmp_path: Path) -> None:
@@ -362,7 +510,6 @@ def test_bad_requests_fail_before_the_work(pipe: Any, samples: Samples, tmp_path
         ({"trainable": "processors"}, "leaves nothing to train: ClearProcessor as configured adds no weights"),
         ({"batch_size": 11}, "holds 10 samples, too few for batches of 11"),
         ({"optimizer": "adamx"}, "Unknown optimizer 'adamx': expected one of"),
-        ({"optimizer": "prodigy"}, "needs prodigyopt: pip install prodigyopt"),
         ({"optimizer_arguments": {"beta": 1}}, "AdamW does not take these arguments"),
         ({"lr_scheduler": "cosin"}, "Unknown lr_scheduler 'cosin'"),
         ({"learning_rates": 1}, r"no setting 'learning_rates'. Did you mean learning_rate\?"),
@@ -387,6 +534,58 @@ def test_bad_requests_fail_before_the_work(pipe: Any, samples: Samples, tmp_path
     dit = linearize(tiny.dit_pipeline(), ClearProcessor(window=2))
     with pytest.raises(ValueError, match="DiTTransformer2DModel does not take LoRAs in diffusers"):
         distill(dit, samples, out, **QUICK, trainable="lora")
+
+
+OTHER_OPTIMIZERS = {
+    # Of weights as small as these it would keep whole moments.
+    "adamw8bit": {"optimizer_arguments": {"min_8bit_size": 256}, "learning_rate": 1e-3},
+    "prodigy": {"transfer_learning_rate": 1.0, "learning_rate": 1.0},
+}
+
+
+@pytest.mark.parametrize("name", OTHER_OPTIMIZERS)
+def test_optimizers_of_other_packages_train_and_go_on(
+    name: str, samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, kind, package = OTHER_PACKAGES[name]
+    assert hasattr(pytest.importorskip(module), kind), package
+    options = {"transfer_steps": 2, "steps": 3, "batch_size": 2, "checkpointing_steps": 1, "optimizer": name}
+    options |= OTHER_OPTIMIZERS[name]
+    template = LinearProcessor(feature_map="hedgehog")
+    pipe = student(template)
+    before = state_of(pipe)
+    curves = distill(pipe, samples, tmp_path / "whole", **options)
+    assert len(curves["end_to_end"]) == 3
+    assert not same(before, state_of(pipe))
+    batch, drawn = Samples.batch, []
+
+    def crashes(self: Samples, *args: Any) -> Any:
+        drawn.append(1)
+        if len(drawn) == 5:
+            raise RuntimeError("crash")
+        return batch(self, *args)
+
+    monkeypatch.setattr(Samples, "batch", crashes)
+    with pytest.raises(RuntimeError, match="crash"):
+        distill(student(template), samples, tmp_path / "broken", **options)
+    state = torch.load(tmp_path / "broken" / "checkpoint-4" / "optimizer.bin")["state"]
+    dtypes = {x.dtype for moments in state.values() for x in moments.values() if isinstance(x, torch.Tensor)}
+    assert (torch.uint8 in dtypes) == (name == "adamw8bit")
+    distill(student(template), samples, tmp_path / "broken", **options)
+    assert len(drawn) == 6
+    whole, broken = (load_file(tmp_path / folder / WEIGHTS) for folder in ("whole", "broken"))
+    assert same(whole, broken)
+
+
+@pytest.mark.parametrize("name", OTHER_OPTIMIZERS)
+def test_optimizers_of_packages_that_are_missing(
+    name: str, samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, _, package = OTHER_PACKAGES[name]
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ValueError, match=f"needs {package}: pip install {package}"):
+        distill(student(), samples, tmp_path / "student", **QUICK, optimizer=name)
+    assert not (tmp_path / "student").exists()
 
 
 def test_an_output_directory_with_something_else_is_left_alone(samples: Samples, tmp_path: Path) -> None:

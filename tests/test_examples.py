@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import runpy
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusers_linattn import load_linear_attention
+from diffusers_linattn import ClearProcessor, load_linear_attention
 from diffusers_linattn.evaluation.pictures import call_of
 from diffusers_linattn.samples import Samples
 
@@ -124,12 +125,26 @@ def test_distill_stopped_goes_on_to_the_same_end(tmp_path: Path) -> None:
         assert pipe.transformer(**tiny.flux_inputs())[0].isfinite().all()
 
 
-def test_the_training_example_is_short_and_explains_itself() -> None:
+def test_the_training_example_is_short_and_explains_itself(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = EXAMPLES / "distill.py"
-    assert len(path.read_text().splitlines()) < 160
-    result = subprocess.run([sys.executable, path, "--help"], check=True, capture_output=True, text=True)
-    assert "accelerate launch examples/distill.py" in result.stdout
-    command = [sys.executable, path, "--pretrained_model_name_or_path", "x", "--prompts", "y", "--push_to_hub"]
-    refused = subprocess.run(command, check=False, capture_output=True, text=True)
-    assert refused.returncode == 2
-    assert "--push_to_hub needs --hub_model_id" in refused.stderr
+    assert len(path.read_text().splitlines()) < 170
+    parse_args = runpy.run_path(str(path))["parse_args"]
+    needed = ["distill.py", "--pretrained_model_name_or_path", "x", "--prompts", "y"]
+    for arguments, status, message in (
+        ("--help", 0, "accelerate launch examples/distill.py"),
+        ("--push_to_hub", 2, "--push_to_hub needs --hub_model_id"),
+        ("--height 24", 2, "--height and --width go together"),
+        ("--width 24 --processor gla", 2, "--height and --width go together"),
+        ("--processor linear --down_factor 2", 2, "--down_factor does not go with --processor linear"),
+        ("--processor gla --window 8", 2, "--window does not go with --processor gla"),
+        ("--processor hybrid --window 8 --down_factor 2", 2, "--down_factor does not go with --processor hybrid"),
+    ):
+        monkeypatch.setattr(sys, "argv", [*needed, *arguments.split()])
+        with pytest.raises(SystemExit) as stopped:
+            parse_args()
+        assert stopped.value.code == status
+        assert message in "".join(capsys.readouterr())
+    monkeypatch.setattr(sys, "argv", [*needed, "--processor", "clear", "--window", "3"])
+    assert parse_args().template.to_config() == ClearProcessor(window=3).to_config()

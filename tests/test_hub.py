@@ -15,7 +15,7 @@ import huggingface_hub
 import pytest
 import torch
 from hub_client import REPO, environment, output, push, student, tiny_image
-from hub_server import OWNER, STRANGER, Hub
+from hub_server import OWNER, READER, STRANGER, Hub
 from huggingface_hub import HfApi, constants
 
 from diffusers_linattn import (
@@ -25,7 +25,7 @@ from diffusers_linattn import (
     restore,
     save_linear_attention,
 )
-from diffusers_linattn.hub import push_folder
+from diffusers_linattn.hub import check_can_push, push_folder
 from diffusers_linattn.linearize import layers_of
 from diffusers_linattn.sharing.checkpoint import WEIGHTS_NAME
 from diffusers_linattn.sharing.saved_config import CONFIG_NAME
@@ -179,6 +179,31 @@ def test_a_token_that_is_refused(hub: Hub) -> None:
         push(student(seed=3), token=STRANGER)
     with pytest.raises(HubError, match="may not do that"):
         push_linear_attention(student(), "you/flux-clear")
+
+
+def test_that_a_push_will_fail_is_known_before_the_work(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    for repo_id in (REPO, "lab/flux-clear"):
+        check_can_push(repo_id)
+    for repo_id, token, message in (
+        ("flux-clear", OWNER, "'flux-clear' does not say whose repository it is: expected such as 'me/flux-clear'"),
+        ("me/flux--clear", OWNER, "is not the id of a repository on the Hub"),
+        ("you/flux-clear", OWNER, "me cannot push to you/flux-clear, only to repositories of lab, me"),
+        ("club/flux-clear", OWNER, "me cannot push to club/flux-clear"),
+        (REPO, READER, "The token of me may only read"),
+        (REPO, "hf_wrong", "The token is not accepted: log in"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_can_push(repo_id, token=token)
+    with pytest.raises(ValueError, match="does not say whose"):
+        push_linear_attention(student(), "flux-clear")
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(HubError, match="hf auth login"):
+        check_can_push(REPO)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(HubError, match="while HF_HUB_OFFLINE is set"):
+        check_can_push(REPO)
+    assert not hub.repos
+    assert not hub.requests("POST", "")
 
 
 def test_what_is_not_there(hub: Hub) -> None:

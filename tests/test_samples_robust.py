@@ -15,12 +15,14 @@ from typing import Any
 
 import pytest
 import samples_process
+from diffusers import DEISMultistepScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from samples_process import CALL, PROMPTS
 
 import diffusers_linattn.samples.plan as plan
 from diffusers_linattn import make_samples
 from diffusers_linattn.samples import Samples
 from diffusers_linattn.samples.shards import read_shard
+from diffusers_linattn.training.objective import FlowMatching, objective_of
 
 import tiny
 
@@ -240,6 +242,18 @@ def test_other_models_are_refused(whole: Path, tmp_path: Path) -> None:
         Samples(whole).check_fits(tiny.flux_pipeline())
     with pytest.raises(ValueError, match="holds samples of a FluxTransformer2DModel, the pipeline has a SD3Tran"):
         Samples(whole).check_fits(tiny.sd3_pipeline())
+
+
+@pytest.mark.parametrize("scheduler", [DPMSolverMultistepScheduler, UniPCMultistepScheduler, DEISMultistepScheduler])
+def test_samples_fit_wherever_training_has_the_same_objective(whole: Path, scheduler: Any) -> None:
+    pipe = tiny.flux_pipeline(guidance_embeds=True)
+    pipe.scheduler = scheduler(use_flow_sigmas=True)  # its prediction_type still says epsilon
+    assert isinstance(objective_of(pipe), FlowMatching)
+    Samples(whole).check_fits(pipe)
+    pipe.scheduler = scheduler()
+    assert not isinstance(objective_of(pipe), FlowMatching)
+    with pytest.raises(ValueError, match=rf"the pipeline has a {scheduler.__name__} \(epsilon\)"):
+        Samples(whole).check_fits(pipe)
 
 
 def test_foreign_directories_are_left_alone(tmp_path: Path) -> None:

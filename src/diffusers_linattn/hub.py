@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, constants
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
@@ -16,7 +16,7 @@ from diffusers_linattn.files import write_atomically
 from diffusers_linattn.sharing.checkpoint import Checkpoint, open_checkpoint, variant_of
 from diffusers_linattn.sharing.model_card import OUR_TAG, gallery_of, is_untouched, write_card
 from diffusers_linattn.sharing.origin import base_model_of
-from diffusers_linattn.sharing.sources import NO_LIMIT, Folder, hub_api, hub_errors, open_source
+from diffusers_linattn.sharing.sources import NO_LIMIT, Folder, HubError, hub_api, hub_errors, open_source
 from diffusers_linattn.weights import save_linear_attention
 
 
@@ -138,6 +138,30 @@ def push_folder(
         )
 
 
+def check_can_push(repo_id: str, *, token: str | bool | None = None) -> None:
+    """Raise unless this account can publish there: asked before the work whose result goes there. Nothing is made.
+
+    Args:
+        repo_id: The repository, which need not exist.
+        token: `None` is the one of `hf auth login`.
+
+    Raises:
+        ValueError: No id of a repository with its owner; or ([`HubError`]) no login, a token that may only read, an
+            owner that the account cannot write for, or a Hub that cannot be reached.
+    """
+    _check_target(repo_id, None, False)
+    if constants.is_offline_mode():
+        raise HubError(f"{repo_id} cannot be pushed to while HF_HUB_OFFLINE is set: unset it, or push afterwards.")
+    with hub_errors(repo_id):
+        account = hub_api(token).whoami()
+    name, login = account["name"], account.get("auth", {}).get("accessToken", {})
+    owners = {name, *(org["name"] for org in account.get("orgs", ()) if org.get("roleInOrg") != "read")}
+    if login.get("role") == "read":
+        raise HubError(f"The token of {name} may only read: give one with write access to push to {repo_id}.")
+    if repo_id.partition("/")[0] not in owners:
+        raise HubError(f"{name} cannot push to {repo_id}, only to repositories of {', '.join(sorted(owners))}.")
+
+
 def find_linear_attention(pipe_or_model: Any, *, token: str | bool | None = None) -> dict[str, ModelInfo]:
     """The linear attention that was published for the base model of a pipeline.
 
@@ -203,6 +227,8 @@ def _check_target(repo_id: str, revision: str | None, create_pr: bool) -> None:
     # Before anything is saved, which takes a while.
     with hub_errors(repo_id):
         validate_repo_id(repo_id)
+    if "/" not in repo_id:
+        raise ValueError(f"{repo_id!r} does not say whose repository it is: expected such as 'me/{repo_id}'.")
     if create_pr and revision is not None:
         raise ValueError(f"create_pr=True opens its own branch from main: leave revision={revision!r} out.")
 

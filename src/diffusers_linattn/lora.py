@@ -6,7 +6,7 @@ peft is imported only for a model that has such matrices, or gets them.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -106,23 +106,26 @@ def lora_tensors(attn: nn.Module, name: str | None) -> dict[str, nn.Parameter]:
     }
 
 
-def add_lora(model: Any, lora: Mapping[str, LowRank]) -> None:
+def add_lora(model: Any, lora: Mapping[str, LowRank], *, converted: Collection[nn.Module] = ()) -> None:
     """Put low-rank matrices of the name [`LORA_NAME`] beside projections, active beside those that are active already.
 
     Args:
         model: The transformer.
         lora: By full module name.
+        converted: Attention modules that may have matrices of this name already, which are left as they are.
 
     Raises:
         ValueError: peft is not installed, or the name is taken.
     """
     if not lora:
         return
-    if LORA_NAME in getattr(model, "peft_config", {}):
-        raise ValueError(
-            f'The model has a LoRA named "{LORA_NAME}" outside its converted layers, and this name is needed: '
-            f'delete_adapters("{LORA_NAME}") or load that LoRA under another name.'
-        )
+    inside = {id(module) for attn in converted for module in _wrapped(attn).values()}
+    for place, module in _wrapped(model).items():
+        if LORA_NAME in module.lora_A and id(module) not in inside:
+            raise ValueError(
+                f'The model has a LoRA named "{LORA_NAME}" outside its converted layers, such as beside {place}, and '
+                f'this name is needed: delete_adapters("{LORA_NAME}") or load that LoRA under another name.'
+            )
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
@@ -131,7 +134,12 @@ def add_lora(model: Any, lora: Mapping[str, LowRank]) -> None:
     active = {id(module): list(module.active_adapters) for module in _wrapped(model).values()}
     ranks = {place: low_rank.rank for place, low_rank in lora.items()}
     config = LoraConfig(r=max(ranks.values()), rank_pattern=ranks, target_modules=list(lora))
+    earlier = getattr(model, "peft_config", {}).get(LORA_NAME)
     inject_adapter_in_model(config, model, LORA_NAME)
+    # peft keeps one configuration per name; a pattern, which only others write, cannot be joined with names.
+    if earlier is not None and not isinstance(earlier.target_modules, str):
+        config.target_modules |= earlier.target_modules
+        config.rank_pattern |= earlier.rank_pattern
     model._hf_peft_config_loaded = True
     for place, module in _wrapped(model).items():
         names = active.get(id(module), [])

@@ -18,10 +18,11 @@ from diffusers_linattn.cli.arguments import (
     labels_if_classes,
     load_pipeline,
     processor_of,
+    start_process,
 )
 from diffusers_linattn.cli.config_file import add_config_file
 from diffusers_linattn.distill import distill
-from diffusers_linattn.hub import push_folder
+from diffusers_linattn.hub import check_can_push, push_folder
 from diffusers_linattn.samples import Samples
 from diffusers_linattn.training.config import DistillConfig
 
@@ -48,7 +49,7 @@ GROUPS = {
         "timestep_sampling",
         "prompt_dropout",
     ),
-    "memory and speed": ("mixed_precision", "gradient_checkpointing", "compile"),
+    "memory and speed": ("mixed_precision", "gradient_checkpointing", "shard_optimizer", "compile"),
     "checkpoints": ("checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint"),
     "validation and trackers": ("validation_steps", "validation_prompts", "report_to"),
 }
@@ -73,6 +74,8 @@ def add_distill(parser: argparse.ArgumentParser) -> Run:
         processor = processor_of(options)
         config = settings_of(options)
         samples = Samples(options.samples)
+        if start_process(options).is_main_process and options.push_to_hub:
+            check_can_push(options.push_to_hub)
         pipe = load_pipeline(options)
         convert(pipe, processor, options)
         prompts = labels_if_classes(pipe, config.validation_prompts)
@@ -99,9 +102,16 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
 
 
 def settings_of(options: argparse.Namespace) -> DistillConfig:
-    """The training settings among the options."""
+    """The training settings among the options.
+
+    Raises:
+        ValueError: A value out of its range, or a rank without a LoRA.
+    """
     names = [field.name for field in dataclasses.fields(DistillConfig)]
-    return DistillConfig(**{name: getattr(options, name) for name in names if hasattr(options, name)})
+    config = DistillConfig(**{name: getattr(options, name) for name in names if hasattr(options, name)})
+    if hasattr(options, "rank") and config.trainable != "lora":
+        raise ValueError(f"--rank is that of a LoRA, and --trainable is {config.trainable}: give --trainable lora.")
+    return config
 
 
 def _default_of(field: dataclasses.Field[Any]) -> str:

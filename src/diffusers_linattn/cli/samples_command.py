@@ -12,6 +12,7 @@ from diffusers_linattn.cli.arguments import (
     add_model,
     call_of_options,
     class_labels,
+    flag_of,
     is_main_process,
     load_pipeline,
     resolution,
@@ -32,11 +33,11 @@ def add_samples(parser: argparse.ArgumentParser) -> Run:
     kinds.add_argument(
         "--images", metavar="DIR_OR_NAME", help="captioned pictures to encode instead: a folder, or a data set"
     )
-    source.add_argument("--dataset-split", default="train", help="split of the data set (default: train)")
+    source.add_argument("--dataset-split", metavar="NAME", help="split of the data set (default: train)")
     source.add_argument("--caption-column", metavar="NAME", help="column with the prompts (default: text)")
     output = parser.add_argument_group("samples")
     output.add_argument("--output-dir", type=Path, required=True, metavar="DIR", help="where they go")
-    output.add_argument("--num-samples", type=int, default=10_000, metavar="N", help="(default: 10000)")
+    output.add_argument("--num-samples", type=int, metavar="N", help="(default: 10000)")
     output.add_argument("--batch-size", type=int, default=4, metavar="N", help="samples at a time (default: 4)")
     output.add_argument("--seed", type=int, default=0, metavar="N", help="seeds everything (default: 0)")
     group = add_call(parser)
@@ -52,6 +53,7 @@ def add_samples(parser: argparse.ArgumentParser) -> Run:
     parser.usage = "%(prog)s --model ID_OR_PATH (--prompts FILE | --classes 0-999 | …) --output-dir DIR [flags]"
 
     def run(options: argparse.Namespace) -> None:
+        _check_unused(options)
         common = {
             "batch_size": options.batch_size,
             "resolutions": options.resolutions,
@@ -59,7 +61,6 @@ def add_samples(parser: argparse.ArgumentParser) -> Run:
             "call_arguments": call_of_options(options),
         }
         if options.images:
-            _check_unused(options)
             images = options.images if Path(options.images).is_dir() else _load(options.images, options.dataset_split)
             pipe = load_pipeline(options)
             samples = encode_images(pipe, images, options.output_dir, captions=options.caption_column, **common)
@@ -69,7 +70,7 @@ def add_samples(parser: argparse.ArgumentParser) -> Run:
                 load_pipeline(options),
                 prompts,
                 options.output_dir,
-                num_samples=options.num_samples,
+                num_samples=10_000 if options.num_samples is None else options.num_samples,
                 guidance_scale=options.guidance_scale,
                 num_inference_steps=options.num_inference_steps,
                 **common,
@@ -81,9 +82,18 @@ def add_samples(parser: argparse.ArgumentParser) -> Run:
 
 
 def _check_unused(options: argparse.Namespace) -> None:
-    for name in ("guidance_scale", "num_inference_steps"):
+    """Raise if there is a flag that means nothing for what the samples are of."""
+    source = next(name for name in ("prompts", "classes", "dataset", "images") if getattr(options, name) is not None)
+    unused = {
+        "prompts": ("dataset_split", "caption_column"),
+        "classes": ("dataset_split", "caption_column"),
+        "dataset": (),
+        "images": ("guidance_scale", "num_inference_steps", "num_samples"),
+    }[source]
+    for name in unused:
         if getattr(options, name) is not None:
-            raise ValueError(f"--{name.replace('_', '-')} has no meaning with --images, which are encoded, not drawn.")
+            why = ", which are encoded, not drawn" if source == "images" else ""
+            raise ValueError(f"{flag_of(name)} has no meaning with --{source}{why}.")
 
 
 def _column(options: argparse.Namespace) -> Any:
@@ -95,9 +105,9 @@ def _column(options: argparse.Namespace) -> Any:
     return dataset[column]
 
 
-def _load(name: str, split: str) -> Any:
+def _load(name: str, split: str | None) -> Any:
     try:
         from datasets import load_dataset
     except ImportError as error:
         raise ValueError("Data sets need the package datasets: pip install datasets.") from error
-    return load_dataset(name, split=split)
+    return load_dataset(name, split=split or "train")

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffusers_linattn.files import as_read_back
 from diffusers_linattn.generation import caught_steps
 from diffusers_linattn.linearize import original_attention
 from diffusers_linattn.ops.checks import check_positive_int
@@ -22,12 +21,10 @@ from diffusers_linattn.samples.reading import Samples
 from diffusers_linattn.samples.recorder import Recorder
 from diffusers_linattn.samples.settings import (
     DEFAULT_SIZE,
-    FORMAT_VERSION,
-    NOT_JSON,
     Assignment,
     check_label,
     check_prompt,
-    describe_pipeline,
+    make_settings,
     read_sizes,
 )
 
@@ -92,19 +89,7 @@ def encode_images(
         {"file": pictures.name(index), "prompt": number, "resolution": size}
         for index, (number, size) in enumerate(zip(numbers, sizes, strict=True))
     ]
-    settings = as_read_back(
-        {
-            "format_version": FORMAT_VERSION,
-            "num_samples": len(pictures),
-            "prompts": list(prompts),
-            "resolutions": read_sizes(resolutions),
-            "seed": seed,
-            "call_arguments": call,
-            "model": describe_pipeline(pipe),
-            "pictures": entries,
-        },
-        NOT_JSON,
-    )
+    settings = make_settings(pipe, len(pictures), list(prompts), resolutions, seed, call, pictures=entries)
     source = _Encoded(pipe, Assignment(settings), batch_size, pictures, recorder)
     return fill_directory(Path(directory), recorder, source)
 

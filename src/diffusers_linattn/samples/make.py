@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from diffusers_linattn.files import as_read_back
 from diffusers_linattn.generation import call_parameters, generate_latents
 from diffusers_linattn.linearize import original_attention
 from diffusers_linattn.ops.checks import check_positive_int
@@ -16,14 +15,7 @@ from diffusers_linattn.samples.conditioning import Size, size_arguments
 from diffusers_linattn.samples.filling import Source, fill_directory
 from diffusers_linattn.samples.reading import Samples
 from diffusers_linattn.samples.recorder import Recorder
-from diffusers_linattn.samples.settings import (
-    FORMAT_VERSION,
-    NOT_JSON,
-    Assignment,
-    describe_pipeline,
-    read_prompts,
-    read_sizes,
-)
+from diffusers_linattn.samples.settings import Assignment, make_settings, read_prompts
 
 
 def make_samples(
@@ -81,18 +73,8 @@ def make_samples(
             call[name] = value
     recorder = Recorder(pipe, call)
     classes = recorder.model.config.num_embeds_ada_norm if recorder.of_classes else None
-    settings = as_read_back(
-        {
-            "format_version": FORMAT_VERSION,
-            "num_samples": num_samples,
-            "prompts": read_prompts(prompts, num_samples, recorder.of_classes, classes),
-            "resolutions": read_sizes(resolutions),
-            "seed": seed,
-            "call_arguments": call,
-            "model": describe_pipeline(pipe),
-        },
-        NOT_JSON,
-    )
+    distinct = read_prompts(prompts, num_samples, recorder.of_classes, classes)
+    settings = make_settings(pipe, num_samples, distinct, resolutions, seed, call)
     return fill_directory(Path(directory), recorder, _Generated(pipe, Assignment(settings), batch_size))
 
 

@@ -7,12 +7,12 @@ import json
 import math
 import operator
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusers_linattn.files import read_json, read_lines
+from diffusers_linattn.files import as_read_back, read_json, read_lines
 from diffusers_linattn.generation import scheduler_of
 from diffusers_linattn.linearize import single_transformer_of
 from diffusers_linattn.ops.checks import check_positive_int
@@ -22,7 +22,6 @@ from diffusers_linattn.samples.recorder import ONE_TRANSFORMER
 FORMAT_VERSION = 2
 SETTINGS_NAME = "settings.json"
 DEFAULT_SIZE = (0, 0)  # the pipeline's own
-NOT_JSON = "call_arguments must be JSON-able, to tell whether a run can go on"
 
 
 @dataclass(frozen=True)
@@ -154,9 +153,38 @@ def describe_pipeline(pipe: Any) -> dict[str, Any]:
     }
 
 
-def objective(scheduler: str, config: dict[str, Any]) -> str:
-    """What a model predicts, as its scheduler's class and configuration say."""
-    if scheduler.startswith("FlowMatch"):
+def make_settings(
+    pipe: Any,
+    num_samples: int,
+    prompts: list[Any],
+    resolutions: Any,
+    seed: int,
+    call_arguments: dict[str, Any],
+    **further: Any,
+) -> dict[str, Any]:
+    """What `settings.json` says of a directory, as it will be read back.
+
+    Raises:
+        ValueError: Resolutions that are none, or arguments of the call that are not JSON-able.
+    """
+    settings = {
+        "format_version": FORMAT_VERSION,
+        "num_samples": num_samples,
+        "prompts": prompts,
+        "resolutions": read_sizes(resolutions),
+        "seed": seed,
+        "call_arguments": call_arguments,
+        "model": describe_pipeline(pipe),
+        **further,
+    }
+    read: dict[str, Any] = as_read_back(settings, "call_arguments must be JSON-able, to tell whether a run can go on")
+    return read
+
+
+def prediction_of(scheduler: str, config: Mapping[str, Any]) -> str:
+    """What a model predicts, as its scheduler's class and configuration say: a `prediction_type` of diffusers."""
+    # A schedule along the straight line makes no sense for anything else, whatever the entry beside it says.
+    if "FlowMatch" in scheduler or config.get("use_flow_sigmas"):
         return "flow_prediction"
     return str(config.get("prediction_type", "epsilon"))
 
@@ -170,7 +198,7 @@ def check_model(settings: dict[str, Any], pipe: Any, where: Path) -> None:
             "samples with this pipeline."
         )
     _check_config(made["transformer_config"], model["transformer_config"], f"{where} holds samples of a transformer")
-    predictions = [objective(part["scheduler"], part["scheduler_config"]) for part in (made, model)]
+    predictions = [prediction_of(part["scheduler"], part["scheduler_config"]) for part in (made, model)]
     if predictions[0] != predictions[1]:
         raise ValueError(
             f"{where} holds samples of a {made['scheduler']} ({predictions[0]}), the pipeline has a "

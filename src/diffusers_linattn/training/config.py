@@ -79,6 +79,9 @@ class DistillConfig:
     gradient_checkpointing: bool = _setting(
         False, "recompute activations in the backward pass, which saves memory", changes_result=False
     )
+    shard_optimizer: bool = _setting(
+        False, "divide the optimizer's state among the processes (ZeRO), which saves memory", changes_result=False
+    )
     compile: bool = _setting(False, "torch.compile the repeated blocks of the model", changes_result=False)
     seed: int = _setting(0, "seeds what is drawn: samples, noise, timesteps")
 

@@ -27,7 +27,8 @@ def accelerator_for(model: Any, config: DistillConfig, directory: Path | None) -
 
     Raises:
         ValueError: A precision that cannot be trained in, another one than that of an accelerator which the process
-            has already, sharded parameters, or gradients that the launcher accumulates otherwise.
+            has already, sharded parameters, an optimizer to be divided among one process, or gradients that the
+            launcher accumulates otherwise.
     """
     states = (AcceleratorState, GradientState, PartialState)
     before = [dict(state._shared_state) for state in states]
@@ -44,8 +45,11 @@ def accelerator_for(model: Any, config: DistillConfig, directory: Path | None) -
         if accelerator.distributed_type in SHARDED:
             raise ValueError(
                 f"Launched with {accelerator.distributed_type.value}, which shards parameters: the teacher's weights "
-                "are switched in whole. Launch it as plain data parallelism; trainable='lora' saves memory."
+                "are switched in whole. Launch it as plain data parallelism; shard_optimizer=True and "
+                "trainable='lora' save memory."
             )
+        if config.shard_optimizer and accelerator.num_processes == 1:
+            raise ValueError("shard_optimizer=True divides among processes, and there is only this one: leave it out.")
         if accelerator.gradient_accumulation_steps != config.gradient_accumulation_steps:
             raise ValueError(
                 f"The launcher sets gradient_accumulation_steps to {accelerator.gradient_accumulation_steps}, the "

@@ -108,17 +108,22 @@ class Loop:
                 self._is_last = number == len(phases) - 1
                 resumed = number == position["phase"] and checkpoint is not None
                 self._run_phase(number, phase, position if resumed else _START, checkpoint if resumed else None)
+            # One that came while the last checkpoint was being written.
+            if stopping := self._stopped():
+                self._stop(stopping)
         return self.rows
 
     def _run_phase(self, number: int, phase: Phase, position: Mapping[str, Any], checkpoint: Path | None) -> None:
         for name, parameter in self.parameters.items():
             parameter.requires_grad_(name in phase.parameters)
+        move = self.accelerator.num_processes > 1  # by itself, the model stays where the user has put it
+        stage = self.accelerator.prepare(phase.stage, device_placement=[move])
+        # What is as large as the parameters is made where they are by now, so that nothing of it has to be moved.
         trained = list(phase.parameters.values())
         average = EMAModel(trained, decay=self.config.ema_decay, foreach=True) if self.config.ema_decay else None
         optimizer = make_optimizer(self.config, trained, phase.learning_rate)
         schedule = make_schedule(self.config, optimizer, phase.steps)
-        move = self.accelerator.num_processes > 1  # by itself, the model stays where the user has put it
-        stage, optimizer = self.accelerator.prepare(phase.stage, optimizer, device_placement=[move, move])
+        optimizer = self.accelerator.prepare(optimizer, device_placement=[False])
         averages = {} if average is None else dict(zip(phase.parameters, average.shadow_params, strict=True))
         weights = TrainedWeights(self.accelerator, self.parameters, averages)
         try:
@@ -163,7 +168,7 @@ class Loop:
         done = len(self.rows)
         if self.validate and self.config.validation_steps and done % self.config.validation_steps == 0:
             self._validate(running)
-        stopping = self._stopped()
+        stopping = self._stopped()  # perhaps while the pictures were drawn
         at_the_end = self._is_last and step + 1 == running.phase.steps
         due = done % self.config.checkpointing_steps == 0 or at_the_end or stopping
         if due and self.directory is not None:

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from diffusers_linattn.samples.settings import prediction_of
+
 
 @dataclass(frozen=True)
 class Draw:
@@ -92,9 +94,8 @@ def objective_of(pipe: Any) -> Objective:
         'v_prediction'
     """
     scheduler = getattr(pipe, "scheduler", None)
-    config = getattr(scheduler, "config", {})
-    kind = config.get("prediction_type", "epsilon")
-    if "FlowMatch" in type(scheduler).__name__ or kind == "flow_prediction" or config.get("use_flow_sigmas"):
+    kind = prediction_of(type(scheduler).__name__, getattr(scheduler, "config", {}))
+    if kind == "flow_prediction":
         return FlowMatching(scheduler)
     consistency = type(scheduler).__name__.startswith(("LCM", "TCD"))
     if hasattr(scheduler, "alphas_cumprod") and not consistency and kind in ("epsilon", "v_prediction", "sample"):

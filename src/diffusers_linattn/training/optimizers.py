@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,19 +26,33 @@ def check_optimizer(config: DistillConfig) -> None:
     """Raise if the optimizer or the schedule of this configuration cannot be made.
 
     Raises:
-        ValueError: An unknown name, a package that is missing, or arguments that the optimizer does not take.
+        ValueError: An unknown name, a package that is missing, arguments that the optimizer does not take, or one that
+            cannot be divided among processes.
     """
-    optimizer = make_optimizer(config, [nn.Parameter(torch.zeros(1))], config.learning_rate)
+    # Whole, because processes may not be connected yet.
+    whole = replace(config, shard_optimizer=False)
+    optimizer = make_optimizer(whole, [nn.Parameter(torch.zeros(1))], config.learning_rate)
+    if config.shard_optimizer and config.optimizer.lower() in OTHER_PACKAGES:
+        raise ValueError(
+            f"shard_optimizer divides optimizers of torch.optim, parameter by parameter; {config.optimizer} is none."
+        )
     make_schedule(config, optimizer, 1)
 
 
 def make_optimizer(config: DistillConfig, parameters: Iterable[nn.Parameter], learning_rate: float) -> Any:
-    """The optimizer of a configuration. Weight decay is 0 unless `optimizer_arguments` say otherwise."""
+    """The optimizer of a configuration. Weight decay is 0 unless `optimizer_arguments` say otherwise.
+
+    With `shard_optimizer` it is divided among the processes, which have to be connected.
+    """
     kind = _optimizer_class(config.optimizer)
     arguments = {"lr": learning_rate, **config.optimizer_arguments}
     if "weight_decay" in inspect.signature(kind).parameters:
         arguments.setdefault("weight_decay", 0.0)
     try:
+        if config.shard_optimizer:
+            from diffusers_linattn.training.zero import DividedOptimizer
+
+            return DividedOptimizer(parameters, kind, **arguments)
         return kind(parameters, **arguments)
     except TypeError as error:
         given = ", ".join(sorted(arguments))

@@ -80,7 +80,7 @@ def trained_parameters(
     before: dict[str, torch.Tensor] = {}
     try:
         if config.trainable == "lora":
-            _add_missing_lora(model, [layer for layer in layers if layer.name not in had_lora], config)
+            _add_missing_lora(model, layers, had_lora, config)
         for layer in layers:
             parameters |= {f"{layer.name}.{name}": p for name, p in _trained_in(layer, config).items()}
         before = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()}
@@ -136,17 +136,18 @@ def _trained_in(layer: Layer, config: DistillConfig) -> Mapping[str, nn.Paramete
     return trained | {f"processor.{name}": parameter for name, parameter in own.items()}
 
 
-def _add_missing_lora(model: Any, layers: Sequence[Layer], config: DistillConfig) -> None:
+def _add_missing_lora(model: Any, layers: Sequence[Layer], had_lora: set[str], config: DistillConfig) -> None:
     places = {}
-    for layer in layers:
+    missing = [layer for layer in layers if layer.name not in had_lora]
+    for layer in missing:
         for name, module in layer.attn.named_modules():
             linear = name.removesuffix(".base_layer")
             if linear in PROJECTIONS and isinstance(getattr(module, "base_layer", module), nn.Linear):
                 places[f"{layer.name}.{linear}"] = LowRank(config.rank, 1.0)
-    if not places and layers:
-        raise ValueError(f"{layers[0].name} has no linear projection that a LoRA can stand beside.")
+    if not places and missing:
+        raise ValueError(f"{missing[0].name} has no linear projection that a LoRA can stand beside.")
     with RandomInit(seed=config.seed):
-        add_lora(model, places)
+        add_lora(model, places, converted=[layer.attn for layer in layers])
 
 
 def dtype_of(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> torch.dtype:
