@@ -300,7 +300,7 @@ def test_a_result_is_published_where_that_is_possible(
     quick = ["--processor", "linear", "--transfer-steps", "1", "--steps", "0", "--batch-size", "2", "--device", "cpu"]
     places = ["--samples", samples, "--output-dir", tmp_path / "student"]
     # Known before the model is loaded.
-    for repo, message in (("you/it", "me cannot push to you/it"), ("it", "does not say whose repository")):
+    for repo, message in (("you/it", "me cannot push to you/it"), ("a--b", "is not the id of a repository")):
         arguments = ["--model", tmp_path / "no-model", *places, *quick, "--push-to-hub", repo]
         assert message in run(capsys, "distill", *arguments, status=1)
     text = run(capsys, "distill", "--model", model, *places, *quick, "--push-to-hub", "me/it")

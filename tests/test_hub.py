@@ -181,11 +181,16 @@ def test_a_token_that_is_refused(hub: Hub) -> None:
         push_linear_attention(student(), "you/flux-clear")
 
 
+def test_a_repository_without_an_owner_is_the_accounts_own(hub: Hub) -> None:
+    commit = push_linear_attention(student(), "flux-clear")
+    assert f"{hub.endpoint}/me/flux-clear/commit/" in commit.commit_url
+    assert "me/flux-clear" in hub.files("me/flux-clear")["README.md"].decode()
+
+
 def test_that_a_push_will_fail_is_known_before_the_work(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    for repo_id in (REPO, "lab/flux-clear"):
+    for repo_id in (REPO, "lab/flux-clear", "flux-clear"):
         check_can_push(repo_id)
     for repo_id, token, message in (
-        ("flux-clear", OWNER, "'flux-clear' does not say whose repository it is: expected such as 'me/flux-clear'"),
         ("me/flux--clear", OWNER, "is not the id of a repository on the Hub"),
         ("you/flux-clear", OWNER, "me cannot push to you/flux-clear, only to repositories of lab, me"),
         ("club/flux-clear", OWNER, "me cannot push to club/flux-clear"),
@@ -194,8 +199,6 @@ def test_that_a_push_will_fail_is_known_before_the_work(hub: Hub, monkeypatch: p
     ):
         with pytest.raises(ValueError, match=message):
             check_can_push(repo_id, token=token)
-    with pytest.raises(ValueError, match="does not say whose"):
-        push_linear_attention(student(), "flux-clear")
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(HubError, match="hf auth login"):
         check_can_push(REPO)

@@ -43,7 +43,7 @@ def push_linear_attention(
 
     Args:
         pipe_or_model: A converted pipeline or transformer.
-        repo_id: Where to, such as `"me/flux-clear-w16"`.
+        repo_id: Where to, such as `"me/flux-clear-w16"`; without an owner, among the account's own.
         private: Whether a new repository is private; `None` is the default of the account.
         token: `None` is the one of `hf auth login`.
         revision: A branch, made if it does not exist; `None` is main.
@@ -102,6 +102,7 @@ def push_folder(
     checkpoint.check_copies()
     api = hub_api(token)
     with tempfile.TemporaryDirectory() as temporary, hub_errors(repo_id, revision):
+        repo_id = repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
         pictures = _pictures(images or {}, Path(temporary))
         commit = _ensure_repository(api, repo_id, private, revision, create_pr)
         there = api.list_repo_files(repo_id, revision=commit) if commit else []
@@ -142,11 +143,11 @@ def check_can_push(repo_id: str, *, token: str | bool | None = None) -> None:
     """Raise unless this account can publish there: asked before the work whose result goes there. Nothing is made.
 
     Args:
-        repo_id: The repository, which need not exist.
+        repo_id: The repository, which need not exist; without an owner, of the account.
         token: `None` is the one of `hf auth login`.
 
     Raises:
-        ValueError: No id of a repository with its owner; or ([`HubError`]) no login, a token that may only read, an
+        ValueError: No id of a repository; or ([`HubError`]) no login, a token that may only read, an
             owner that the account cannot write for, or a Hub that cannot be reached.
     """
     _check_target(repo_id, None, False)
@@ -158,7 +159,7 @@ def check_can_push(repo_id: str, *, token: str | bool | None = None) -> None:
     owners = {name, *(org["name"] for org in account.get("orgs", ()) if org.get("roleInOrg") != "read")}
     if login.get("role") == "read":
         raise HubError(f"The token of {name} may only read: give one with write access to push to {repo_id}.")
-    if repo_id.partition("/")[0] not in owners:
+    if "/" in repo_id and repo_id.partition("/")[0] not in owners:
         raise HubError(f"{name} cannot push to {repo_id}, only to repositories of {', '.join(sorted(owners))}.")
 
 
@@ -227,8 +228,6 @@ def _check_target(repo_id: str, revision: str | None, create_pr: bool) -> None:
     # Before anything is saved, which takes a while.
     with hub_errors(repo_id):
         validate_repo_id(repo_id)
-    if "/" not in repo_id:
-        raise ValueError(f"{repo_id!r} does not say whose repository it is: expected such as 'me/{repo_id}'.")
     if create_pr and revision is not None:
         raise ValueError(f"create_pr=True opens its own branch from main: leave revision={revision!r} out.")
 
