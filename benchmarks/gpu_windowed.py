@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend
 
+from diffusers_linattn.ops.local_choice import window_wins
+
 import windowed_methods as methods
 from gpu_timing import environment, extra_megabytes, measure, write
 
@@ -66,6 +68,8 @@ def compare(arguments: argparse.Namespace, side: int, window: int, backward: boo
             runs[name] = torch.no_grad()(functools.partial(method, q, k, v))
     times = measure(runs, device, arguments.seconds)
     row: dict[str, Any] = {"side": side, "window": window, "pass": "backward" if backward else "forward", "ms": times}
+    # Where "sdpa under the mask" was measured as well, the ratio to it says whether that was the right choice.
+    row["chosen_by_default"] = "triton" if window_wins(layout, window) else "dense"
     mine = times.get("ours")
     if isinstance(mine, float):
         row["times_faster"] = {
