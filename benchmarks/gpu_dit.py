@@ -173,7 +173,7 @@ def kept_megabytes(model: Any, inputs: dict[str, torch.Tensor]) -> float:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # the tensor itself would refer to the node that saves it, and never be freed
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = loss_of(model, inputs)  # bound, so that nothing is freed and its address used again
