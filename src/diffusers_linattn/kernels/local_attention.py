@@ -262,13 +262,11 @@ def _add_parts(target: torch.Tensor, partial: torch.Tensor, parts: int, text: Se
 def _launch(kernel: Any, lists: TileLists, heads: tuple[int, ...], tiles: Tiles, *arguments: list[Any]) -> None:
     if not len(lists.items) or 0 in heads:
         return
-    flat = [x for group in arguments for x in group]
+    grid, flat = (len(lists.items), *heads), [x for group in arguments for x in group]
     device = flat[0].device
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         # Triton 3.10 turns the fusion of products and sums off unless asked for.
-        kernel[(len(lists.items), *heads)](
-            *flat, num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=True
-        )
+        kernel[grid](*flat, num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=True)
 
 
 @functools.lru_cache(maxsize=64)
