@@ -23,14 +23,9 @@ CASES += [(90, 128, torch.float16)]
 
 @pytest.mark.parametrize(("chip", "head_dim", "dtype"), CASES, ids=str)
 def test_no_spills_and_asynchronous_copies(chip: int, head_dim: int, dtype: torch.dtype) -> None:
-    import triton
-
-    # Triton 3.6 keeps a few words in local memory across the loops, on sm_80 alone.
-    allowed = 8 if triton.__version__ < "3.9" and chip == 80 else 0
     for name, tiles in compile_kernels.launches(head_dim, dtype, chip).items():
         result = compile_kernels.compile_kernel(name, tiles, head_dim, dtype, chip)
-        assert result.loop_spills == 0, f"{name}: {result}"
-        assert result.spills <= allowed, f"{name}: {result}"
+        assert result.spills == 0, f"{name}: {result}"
         assert result.shared <= compile_kernels.CHIPS[chip], f"{name}: {result}"
         assert result.loops == result.asynchronous == 2, f"{name}: {result}"
 

@@ -85,7 +85,7 @@ def local_attention_triton(
     _launch(
         forward_kernel,
         lists,
-        query.shape[0] * query.shape[1],
+        (query.shape[0] * query.shape[1],),
         tiles,
         [*call.tensors, call.bias, out, lse, *_tables(lists, query.device)],
         [*call.strides, *_strides(out)],
@@ -135,7 +135,7 @@ def local_attention_triton_backward(
     _launch(
         query_gradient_kernel,
         lists,
-        query.shape[0] * query.shape[1],
+        (query.shape[0] * query.shape[1],),
         tiles,
         [*call.tensors, call.bias, out, grad, lse, delta, dquery, *_tables(lists, query.device)],
         [*call.strides, *_strides(out), *_strides(grad), *_strides(dquery)],
@@ -239,7 +239,7 @@ class _Call:
         _launch(
             key_gradients_kernel,
             lists,
-            batch * heads,
+            (heads, batch),
             tiles,
             [*inputs, *_tables(lists, query.device)],
             [*strides, *_strides(grad), *_strides(dkey), *_strides(dvalue)],
@@ -264,16 +264,14 @@ def _add_parts(target: torch.Tensor, partial: torch.Tensor, parts: int, text: Se
         first += tiles
 
 
-def _launch(kernel: Any, lists: TileLists, num_heads: int, tiles: Tiles, *arguments: list[Any]) -> None:
-    if not len(lists.items) or not num_heads:
+def _launch(kernel: Any, lists: TileLists, heads: tuple[int, ...], tiles: Tiles, *arguments: list[Any]) -> None:
+    if not len(lists.items) or 0 in heads:
         return
-    flat = [x for group in arguments for x in group]
+    grid, flat = (len(lists.items), *heads), [x for group in arguments for x in group]
     device = flat[0].device
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         # Triton 3.10 turns the fusion of products and sums off unless asked for.
-        kernel[len(lists.items), num_heads](
-            *flat, num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=True
-        )
+        kernel[grid](*flat, num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=True)
 
 
 @functools.lru_cache(maxsize=64)

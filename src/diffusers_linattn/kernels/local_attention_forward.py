@@ -187,7 +187,7 @@ def forward_kernel(
     if HAS_BIAS:
         bias += batch * stride_bb + head * stride_bh
 
-    segment, first_run, last_run, _, is_grid = load_runs(items, tl.program_id(0))
+    segment, first_run, last_run, is_grid = load_runs(items, tl.program_id(0))
     token0, token, valid, frame, row, column = own_tile(
         items, tl.program_id(0), query_segments, QUERY_FRAMES, QUERY_ROWS, QUERY_COLUMNS
     )

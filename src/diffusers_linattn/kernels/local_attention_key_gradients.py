@@ -5,6 +5,9 @@ product has to transpose a result first; in some versions of Triton that also gi
 that every query sees have long lists: these are split over several programs, whose partial sums are added afterwards
 in a fixed order. Without atomics, every run gives the same bits.
 
+Heads and batch are axes of the grid, and offsets before the loops are summed up early: what a program would keep
+over its loops besides the two gradients does not fit into the registers of every compiler.
+
 Letters: M queries of a tile, N keys of a tile, D channels of a head. Scores are in units of log 2.
 """
 
@@ -21,6 +24,7 @@ from diffusers_linattn.kernels.tile_addressing import (
     load_runs,
     load_scales,
     load_segment,
+    own_slot,
     own_tile,
     query_position,
     store_rows,
@@ -163,15 +167,15 @@ def key_gradients_kernel(
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid (items, batch * key heads); `heads` counts those of the keys, each read by `groups` heads of queries.
+    """Grid (items, key heads, batch); `heads` counts those of the keys, each read by `groups` heads of queries.
 
     Writes dkey and dvalue, or where the queries of a tile are split over items the sum over this item's queries to
     partial (2, batch * key heads, slots, N, BLOCK_DIM), fp32.
     """
     BLOCK_N: tl.constexpr = KEY_FRAMES * KEY_ROWS * KEY_COLUMNS
-    batch, head = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
+    head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
 
-    segment, first_run, last_run, slot, _ = load_runs(items, tl.program_id(0))
+    segment, first_run, last_run, _ = load_runs(items, tl.program_id(0))
     token0, token, valid, frame, row, column = own_tile(
         items, tl.program_id(0), key_segments, KEY_FRAMES, KEY_ROWS, KEY_COLUMNS
     )
@@ -183,16 +187,22 @@ def key_gradients_kernel(
 
     dk = tl.zeros([BLOCK_N, BLOCK_DIM], dtype=tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DIM], dtype=tl.float32)
-    query += batch * stride_qb
-    dout += batch * stride_gb
-    for query_head in range(head * groups, head * groups + groups):
+    first_head = head * groups
+    query += batch * stride_qb + first_head * stride_qh
+    dout += batch * stride_gb + first_head * stride_gh
+    numbers = (batch * heads * groups + first_head) * num_tokens
+    lse += numbers
+    delta += numbers
+    for i in range(groups):
+        group = tl.cast(i, tl.int64)
         if HAS_BIAS:
             added = tl.load(
-                bias + batch * stride_bb + query_head * stride_bh + token0 + token, mask=valid, other=float("-inf")
+                bias + batch * stride_bb + (first_head + group) * stride_bh + token0 + token,
+                mask=valid,
+                other=float("-inf"),
             )
         else:
             added = tl.where(valid, 0.0, float("-inf"))
-        numbers = (batch * heads * groups + query_head) * num_tokens
         for run in range(first_run, last_run):
             query_segment = tl.load(runs + 4 * run)
             first, cut, last = tl.load(runs + 4 * run + 1), tl.load(runs + 4 * run + 2), tl.load(runs + 4 * run + 3)
@@ -209,10 +219,10 @@ def key_gradients_kernel(
                     key_position(column, tl.load(pair + 4)),
                     cut if CUT else first,
                     last if CUT else cut,
-                    query + query_head * stride_qh,
-                    dout + query_head * stride_gh,
-                    lse + numbers,
-                    delta + numbers,
+                    query + group * stride_qh,
+                    dout + group * stride_gh,
+                    lse + group * num_tokens,
+                    delta + group * num_tokens,
                     places,
                     query_segments,
                     query_segment,
@@ -234,11 +244,12 @@ def key_gradients_kernel(
     token0, token, valid, frame, row, column = own_tile(
         items, tl.program_id(0), key_segments, KEY_FRAMES, KEY_ROWS, KEY_COLUMNS
     )
+    slot = own_slot(items, tl.program_id(0))
     if slot >= 0:
-        place = (tl.program_id(1).to(tl.int64) * slots + slot) * BLOCK_N * BLOCK_DIM
+        place = ((tl.program_id(2) * heads + tl.program_id(1)).to(tl.int64) * slots + slot) * BLOCK_N * BLOCK_DIM
         offsets = tl.arange(0, BLOCK_N)[:, None] * BLOCK_DIM + dim[None, :]
         tl.store(partial + place + offsets, dk * scale)
-        second = tl.num_programs(1).to(tl.int64) * slots * BLOCK_N * BLOCK_DIM
+        second = (tl.num_programs(2) * heads).to(tl.int64) * slots * BLOCK_N * BLOCK_DIM
         tl.store(partial + second + place + offsets, dv)
     else:
         dkey += batch * stride_dkb + head * stride_dkh + token0 * stride_dkn

@@ -31,9 +31,15 @@ def load_segment(segments, index):
 
 @triton.jit
 def load_runs(items, index):
-    """Segment, first run, last run + 1, slot and whether the item lies in a grid."""
+    """Segment, first run, last run + 1 and whether the item lies in a grid."""
     item = items + 8 * index
-    return tl.load(item), tl.load(item + 4), tl.load(item + 5), tl.load(item + 6), tl.load(item + 7)
+    return tl.load(item), tl.load(item + 4), tl.load(item + 5), tl.load(item + 7)
+
+
+@triton.jit
+def own_slot(items, index):
+    """Where the item's partial result goes, -1 without one; loaded late, see `own_tile`."""
+    return tl.load(items + 8 * index + 6, volatile=True)
 
 
 @triton.jit
