@@ -511,6 +511,7 @@ def test_bad_requests_fail_before_the_work(pipe: Any, samples: Samples, tmp_path
         ({"trainable": "processors"}, "leaves nothing to train: ClearProcessor as configured adds no weights"),
         ({"batch_size": 11}, "holds 10 samples, too few for batches of 11"),
         ({"optimizer": "adamx"}, "Unknown optimizer 'adamx': expected one of"),
+        ({"validation_prompts": ["a cat"]}, "validation_prompts are not used without validation_steps"),
         ({"optimizer_arguments": {"beta": 1}}, "AdamW does not take these arguments"),
         ({"lr_scheduler": "cosin"}, "Unknown lr_scheduler 'cosin'"),
         ({"learning_rates": 1}, r"no setting 'learning_rates'. Did you mean learning_rate\?"),

@@ -130,6 +130,8 @@ class DistillConfig:
             if isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} takes a list, got the string {getattr(self, name)!r}.")
             object.__setattr__(self, name, tuple(getattr(self, name)))  # a list is as good
+        if self.validation_prompts and self.validation_steps is None:
+            raise ValueError("validation_prompts are not used without validation_steps: say after how many steps.")
 
     @classmethod
     def of(cls, config: DistillConfig | None, options: Mapping[str, Any]) -> DistillConfig:
