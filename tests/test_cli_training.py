@@ -210,8 +210,8 @@ def test_settings_from_a_file_and_flags_over_them(parsed: Any, tmp_path: Path) -
     file = tmp_path / "run.yaml"
     file.write_text(
         "processor: linear\nfeature-map: hedgehog\nlearning_rate: 1e-3\nsteps: 7\ngradient_checkpointing: true\n"
-        "max_grad_norm: null\nvalidation_steps: 4\nvalidation_prompts: [a cat, the dog]\noptimizer_arguments: {betas: [0.9, 0.95]}\n"
-        "layers: [transformer_blocks.*]\nresume_from_checkpoint: none\n"
+        "max_grad_norm: null\nvalidation_steps: 4\nvalidation_prompts: [a cat, the dog]\n"
+        "optimizer_arguments: {betas: [0.9, 0.95]}\nlayers: [transformer_blocks.*]\nresume_from_checkpoint: none\n"
     )
     config, processor = parsed("--config", file, "--steps", "9")
     assert config == DistillConfig(
