@@ -316,7 +316,8 @@ def test_compiled_pairwise_mask_is_checked_at_run_time():
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ({"impl": "triton"}, "Unknown impl 'triton': expected one of None, 'torch', 'reference'"),
+        ({"impl": "dense"}, "Unknown impl 'dense': expected one of None, 'triton', 'torch', 'reference'"),
+        ({"impl": "triton"}, "impl='triton' cannot answer this call: it needs an NVIDIA GPU"),
         ({"feature_map": "gelu"}, "'relu', 'elu', 'softmax', or a pair"),
         ({"feature_map": None}, "Unknown feature_map None"),
         ({"heads": 3}, "heads=3 does not divide the 32 channels of query"),
@@ -324,7 +325,7 @@ def test_compiled_pairwise_mask_is_checked_at_run_time():
         ({"heads": 1, "mask": torch.ones(2, 2, 1, 35, dtype=torch.bool)}, "differs between heads"),
         ({"mask": torch.ones(2, 1, 1, 34, dtype=torch.bool)}, "does not broadcast"),
     ],
-    ids=["impl", "feature map", "no feature map", "heads", "zero heads", "mask per head", "mask"],
+    ids=["impl", "no GPU", "feature map", "no feature map", "heads", "zero heads", "mask per head", "mask"],
 )
 def test_errors(arguments, match):
     layout = LAYOUTS["odd grid"]

@@ -69,7 +69,7 @@ def linear_state_backward(
 
     call = _Call(key, value, feature_map, weights=weights)
     dkey, dvalue = empty_like(key), empty_like(value)
-    tensors = {"query": call.key, "state": dstate.contiguous(), "normalizer": dnormalizer.contiguous()}
+    tensors: dict[str, Any] = {"query": call.key, "state": dstate.contiguous(), "normalizer": dnormalizer.contiguous()}
     call.launch(feature_gradient_kernel, call.feature_blocks, grad=call.value, dquery=dkey, **tensors)
     call.launch(product_kernel, call.column_blocks, out=dvalue, **tensors)
     return dkey, dvalue
@@ -124,7 +124,7 @@ def linear_product(
 
     call = _Call(query, state, feature_map, text_key, text_value, text_bias, scale=scale)
     out, lse = _empty_product(query, state)
-    tensors = {"query": call.key, "state": state.contiguous(), "normalizer": normalizer.contiguous()}
+    tensors: dict[str, Any] = {"query": call.key, "state": state.contiguous(), "normalizer": normalizer.contiguous()}
     call.launch(product_kernel, call.column_blocks, normalized=True, out=out, lse=lse, **tensors)
     return out, lse
 
@@ -152,7 +152,7 @@ def linear_product_backward(
     scale: float,
     feature_map: str,
 ) -> tuple[torch.Tensor, ...]:
-    """The gradients of query, state, normalizer, text_key, text_value (empty without); every run gives the same bits."""
+    """The gradients of query, state, normalizer, text_key, text_value (empty without); the same bits every time."""
     from diffusers_linattn.kernels.linear_attention_backward import feature_gradient_kernel, text_gradients_kernel
 
     call = _Call(query, grad, feature_map, text_key, text_value, text_bias, scale=scale)
@@ -179,7 +179,7 @@ def linear_product_backward(
     blocks = call.text_blocks()
     _, _, shares = call.plan("text_gradients_kernel", blocks)
     parts = [query.new_empty(shares, *x.shape, dtype=torch.float32) for x in (text_key, text_value)]
-    results = {"dkey": parts[0], "dvalue": parts[1]}
+    results: dict[str, Any] = {"dkey": parts[0], "dvalue": parts[1]}
     call.launch(text_gradients_kernel, blocks, query=call.key, grad=grad, lse=lse, delta=delta, **results)
     return dquery, dstate, dnormalizer, *(part.sum(0).to(query.dtype) for part in parts)
 
