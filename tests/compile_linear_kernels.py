@@ -45,12 +45,14 @@ def compile_launch(name: str, head_dim: int, dtype: torch.dtype, chip: int, laun
     kernel_name, flags = (LAUNCHES | TEXT_LAUNCHES)[name]
     kernel = getattr(forward, kernel_name, None) or getattr(backward, kernel_name)
     block = block_of(head_dim)
-    launch = launch or choose_launch(kernel_name, block, dtype, chip, "HAS_TEXT" in flags)
+    launch = launch or choose_launch(kernel_name, head_dim, dtype, chip, "HAS_TEXT" in flags)
     constants: dict[str, Any] = {
         "FEATURES": head_dim,
         "COLUMNS": head_dim,
-        "BLOCK_K": block,
-        "BLOCK_V": block,
+        "BLOCK_K": launch.summed if kernel_name == "product_kernel" else block,
+        "BLOCK_V": launch.summed if kernel_name == "feature_gradient_kernel" else block,
+        "WIDE_K": block,
+        "WIDE_V": block,
         "BLOCK_M": launch.tokens,
         "BLOCK_T": launch.text,
         "FEATURE_MAP": "relu",

@@ -23,6 +23,9 @@ FUSED_FEATURES = ("relu", "elu")
 MAX_DIM = 1024
 # The text is attended to by programs that have a whole head in one block.
 MAX_TEXT_DIM = 128
+# Products with the state are taken in the tokens' own dtype here, with the state in two summands; the other half type
+# has not the range.
+SPLIT_DTYPE = torch.bfloat16
 
 
 @torch.library.custom_op(
@@ -208,8 +211,9 @@ def _setup_product(ctx: Any, inputs: tuple, output: tuple[torch.Tensor, torch.Te
 
 
 def _product_gradients(ctx: Any, grad: torch.Tensor, _: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    *gradients, dtext_key, dtext_value = linear_product_backward(grad, *ctx.saved_tensors, *ctx.settings)
-    of_text = (dtext_key, dtext_value) if ctx.saved_tensors[5] is not None else (None, None)
+    saved = ctx.saved_tensors  # once: under gradient checkpointing it may not be asked again
+    *gradients, dtext_key, dtext_value = linear_product_backward(grad, *saved, *ctx.settings)
+    of_text = (dtext_key, dtext_value) if saved[5] is not None else (None, None)
     return (*gradients, *of_text, None, None, None)
 
 
@@ -328,8 +332,10 @@ class _Call:
             "log2_scale": self.scale * LOG2_E,
             "FEATURES": self.sides[0],
             "COLUMNS": self.sides[1],
-            "BLOCK_K": self.blocks[0],
-            "BLOCK_V": self.blocks[1],
+            "BLOCK_K": launch.summed if kernel.__name__ == "product_kernel" else self.blocks[0],
+            "BLOCK_V": launch.summed if kernel.__name__ == "feature_gradient_kernel" else self.blocks[1],
+            "WIDE_K": self.blocks[0],
+            "WIDE_V": self.blocks[1],
             "BLOCK_M": launch.tokens,
             "BLOCK_T": launch.text,
             "FEATURE_MAP": self.feature_map,
@@ -337,7 +343,7 @@ class _Call:
             "WEIGHTED": weighted,
             "HAS_TEXT": self.num_text > 0,
             "HAS_BIAS": self.has_bias,
-            "SPLIT": self.key.dtype == torch.bfloat16,
+            "SPLIT": self.key.dtype == SPLIT_DTYPE,
             "PRECISION": self.precision,
         }
         arguments: dict[str, Any] = {}
@@ -359,7 +365,7 @@ class _Call:
 
     def _launch(self, kernel: str) -> Launch:
         chip = chip_of(self.key.device)
-        return choose_launch(kernel, max(self.blocks), self.key.dtype, chip, self.num_text > 0)
+        return choose_launch(kernel, max(self.sides), self.key.dtype, chip, self.num_text > 0)
 
 
 @functools.cache

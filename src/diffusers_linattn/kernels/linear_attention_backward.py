@@ -73,6 +73,7 @@ def feature_gradient_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    WIDE_V: tl.constexpr,
     FEATURE_MAP: tl.constexpr,
     NORMALIZED: tl.constexpr,
     WEIGHTED: tl.constexpr,
@@ -111,7 +112,6 @@ def feature_gradient_kernel(
     token = tl.arange(0, BLOCK_M)
     for token0 in range(first, last, BLOCK_M):
         valid = token0 + token < last
-        q = load_block(query, token0, stride_qn, valid, feature, FEATURES, BLOCK_K)
         acc = tl.zeros([BLOCK_M, BLOCK_K], dtype=tl.float32)
         products = tl.zeros([BLOCK_M], dtype=tl.float32)
         if COLUMN_BLOCKS == 1:
@@ -143,14 +143,15 @@ def feature_gradient_kernel(
             acc += count[None, :]
             if WEIGHTED:
                 acc *= tl.load(weights + token0 + token, mask=valid, other=0.0)[:, None]
+        q = load_block(query, token0, stride_qn, valid, feature, FEATURES, BLOCK_K)
         acc = through_features(acc, q, FEATURE_MAP)
         if HAS_TEXT:
-            text = tl.arange(0, BLOCK_T)
-            of_text = tl.zeros([BLOCK_M, BLOCK_K], dtype=tl.float32)
+            text, channel = tl.arange(0, BLOCK_T), tl.arange(0, WIDE_V)
+            g = load_block(grad, token0, stride_gn, valid, channel, COLUMNS, WIDE_V)
             for text0 in range(0, num_text, BLOCK_T):
                 there = text0 + text < num_text
                 k = load_block(text_key, text0, stride_tkn, there, feature, FEATURES, BLOCK_K)
-                v = load_block(text_value, text0, stride_tvn, there, column, COLUMNS, BLOCK_V)
+                v = load_block(text_value, text0, stride_tvn, there, channel, COLUMNS, WIDE_V)
                 if HAS_BIAS:
                     added = tl.load(text_bias + text0 + text, mask=there, other=float("-inf"))
                 else:
@@ -158,9 +159,8 @@ def feature_gradient_kernel(
                 scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * log2_scale + added[None, :]
                 p = tl.exp2(scores - sums[:, None])
                 dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
-                ds = p * (dp - products[:, None])
-                of_text = tl.dot(ds.to(k.dtype), k, of_text, input_precision=PRECISION)
-            acc += of_text * scale
+                ds = p * (dp - products[:, None]) * scale
+                acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
         store_block(dquery, token0, stride_dn, acc, valid, feature, FEATURES)
 
 

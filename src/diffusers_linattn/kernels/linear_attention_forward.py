@@ -127,6 +127,7 @@ def product_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    WIDE_K: tl.constexpr,
     FEATURE_MAP: tl.constexpr,
     NORMALIZED: tl.constexpr,
     WEIGHTED: tl.constexpr,
@@ -166,16 +167,14 @@ def product_kernel(
         valid = token0 + token < last
         acc = tl.zeros([BLOCK_M, BLOCK_V], dtype=tl.float32)
         if FEATURE_BLOCKS == 1:
-            q = load_block(query, token0, stride_qn, valid, feature, FEATURES, BLOCK_K)
-            phi = features(q, FEATURE_MAP)
+            phi = features(load_block(query, token0, stride_qn, valid, feature, FEATURES, BLOCK_K), FEATURE_MAP)
             acc = multiply(phi, high, low, acc, SPLIT, PRECISION)
             total = tl.sum(phi * count[None, :], 1)
         else:
             total = tl.zeros([BLOCK_M], dtype=tl.float32)
             for block in range(FEATURE_BLOCKS):
                 here = block * BLOCK_K + feature
-                q = load_block(query, token0, stride_qn, valid, here, FEATURES, BLOCK_K)
-                phi = features(q, FEATURE_MAP)
+                phi = features(load_block(query, token0, stride_qn, valid, here, FEATURES, BLOCK_K), FEATURE_MAP)
                 high, low = split(
                     load_state(state, here, column, FEATURES, COLUMNS, False), query.dtype.element_ty, SPLIT
                 )
@@ -185,10 +184,11 @@ def product_kernel(
             total += _EPS
             peak = tl.zeros([BLOCK_M], dtype=tl.float32)
             if HAS_TEXT:
-                text = tl.arange(0, BLOCK_T)
+                text, channel = tl.arange(0, BLOCK_T), tl.arange(0, WIDE_K)
+                q = load_block(query, token0, stride_qn, valid, channel, FEATURES, WIDE_K)
                 for text0 in range(0, num_text, BLOCK_T):
                     there = text0 + text < num_text
-                    k = load_block(text_key, text0, stride_tkn, there, feature, FEATURES, BLOCK_K)
+                    k = load_block(text_key, text0, stride_tkn, there, channel, FEATURES, WIDE_K)
                     v = load_block(text_value, text0, stride_tvn, there, column, COLUMNS, BLOCK_V)
                     if HAS_BIAS:
                         added = tl.load(text_bias + text0 + text, mask=there, other=float("-inf"))

@@ -14,10 +14,11 @@ import torch
 
 @dataclass(frozen=True)
 class Launch:
-    """Tokens of a block, text tokens of a block, warps, pipeline stages."""
+    """Tokens of a block, text tokens of a block, channels that are summed over at a time, warps, pipeline stages."""
 
     tokens: int
     text: int
+    summed: int
     warps: int
     stages: int
 
@@ -27,19 +28,23 @@ _SMALL_CHIPS = (86, 87, 89, 120, 121)
 
 
 @functools.lru_cache(maxsize=256)
-def choose_launch(kernel: str, block: int, dtype: torch.dtype, chip: int, has_text: bool) -> Launch:
-    """The launch of one kernel for blocks of `block` channels on a chip, its compute capability times 10; 0: the
+def choose_launch(kernel: str, dim: int, dtype: torch.dtype, chip: int, has_text: bool) -> Launch:
+    """The launch of a kernel for heads of at most `dim` channels on a chip, its compute capability times 10; 0: the
     interpreter.
 
     Example:
-        >>> choose_launch("state_kernel", 128, torch.bfloat16, 90, False)
-        Launch(tokens=64, text=64, warps=8, stages=3)
+        >>> choose_launch("product_kernel", 128, torch.bfloat16, 90, False)
+        Launch(tokens=64, text=64, summed=128, warps=8, stages=3)
     """
+    # A block of the state that stays over all tokens is read once; beside text it would take too many registers.
+    summed = 64 if dim > 128 or (has_text and dim > 64) else block_of(dim)
     if not chip:
-        return Launch(64, 32, 4, 1)
-    if dtype == torch.bfloat16:
-        return Launch(64, 64, 8, 2 if chip in _SMALL_CHIPS else 3)
-    return Launch(32, 32, 8, 2)
+        return Launch(64, 32, summed, 4, 1)
+    if dtype != torch.bfloat16:
+        return Launch(32, 32, summed, 8, 2)
+    if chip in _SMALL_CHIPS or dim > 128 or has_text:
+        return Launch(64, 64 if kernel == "text_gradients_kernel" else 32, summed, 8, 2)
+    return Launch(64, 64, summed, 8, 3)
 
 
 def block_of(dim: int) -> int:
