@@ -91,13 +91,7 @@ def main() -> None:
 
     print(f"triton {triton.__version__}")
     print("chip dim dtype launch                 regs stack spills in loop  shared async")
-    sizes = [
-        (128, torch.bfloat16),
-        (64, torch.bfloat16),
-        (72, torch.float16),
-        (576, torch.bfloat16),
-        (64, torch.float32),
-    ]
+    sizes = [(128, torch.bfloat16), (72, torch.float16), (576, torch.bfloat16), (64, torch.bfloat16)]
     for chip in [int(x) for x in sys.argv[1:]] or CHIPS:
         for head_dim, dtype in sizes:
             for name in LAUNCHES | (TEXT_LAUNCHES if head_dim <= 128 else {}):
