@@ -277,6 +277,31 @@ def test_large_scores_of_either_sign():
         )
 
 
+@pytest.mark.parametrize("feature_map", ["relu", "softmax", "learned"])
+@pytest.mark.parametrize("text", [0, 7])
+def test_training_keeps_the_inputs_alone(text, feature_map):
+    """Not the features, nor the sums over all tokens, which are computed again in the backward pass."""
+    layout = TokenLayout.joint(text=text, grid=(1, 32, 32))
+    query, key, value = (x.requires_grad_() for x in make_inputs(layout, torch.bfloat16))
+    projection = torch.nn.Linear(16, 16, bias=False, dtype=torch.bfloat16)
+    if feature_map == "learned":
+        feature_map = (lambda x: projection(x).exp(), lambda x: projection(x).exp())
+    kept = {}
+
+    def pack(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        output = linear_attention(query, key, value, layout, feature_map=feature_map)
+    for x in (query, key, value, output):
+        kept.pop(x.untyped_storage().data_ptr(), None)
+    # What remains belongs to the text queries, 16 channels and a number each, and to the learned map.
+    assert sum(storage.nbytes() for storage in kept.values()) <= 4 * (4 * text * 17 + text) + 2 * 16 * 16
+    gradients = torch.autograd.grad(output.sum(), (query, key, value))
+    assert all(x.isfinite().all() for x in gradients)
+
+
 @pytest.mark.parametrize("given", ["as a layout", "as shapes"])
 def test_compiles_once_for_all_sizes(given):
     def of_layout(query, key, value, mask, layout):

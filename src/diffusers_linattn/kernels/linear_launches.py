@@ -42,6 +42,8 @@ def choose_launch(kernel: str, dim: int, dtype: torch.dtype, chip: int, has_text
         return Launch(64, 32, summed, 4, 1)
     if dtype != torch.bfloat16:
         return Launch(32, 32, summed, 8, 2)
+    if has_text and dim > 64 and kernel == "feature_gradient_kernel":
+        return Launch(64, 16 if chip >= 100 else 32, 32, 8, 2)
     if chip in _SMALL_CHIPS or dim > 128 or has_text:
         return Launch(64, 64 if kernel == "text_gradients_kernel" else 32, summed, 8, 2)
     return Launch(64, 64, summed, 8, 3)

@@ -7,7 +7,7 @@ from torch import nn
 
 from diffusers_linattn.kernels.local_attention import why_not
 from diffusers_linattn.layout import TokenLayout
-from diffusers_linattn.ops.checks import check_choice, check_positive_int
+from diffusers_linattn.ops.checks import check_choice, check_positive_int, repeat_heads
 from diffusers_linattn.ops.linear import IMPLS, linear_attention
 from diffusers_linattn.ops.masks import key_visibility
 from diffusers_linattn.processors.attention_call import AttentionCall
@@ -92,7 +92,7 @@ class LinearProcessor(BaseProcessor):
             impl=self.impl,
         )
         if self.kernel_size:
-            value = call.value.repeat_interleave(call.query.shape[1] // call.value.shape[1], 1)
+            value = repeat_heads(call.value, call.query.shape[1])
             attended = attended + self.conv(value, call.layout, call.mask, self.heads).to(attended.dtype)
         return attended
 
