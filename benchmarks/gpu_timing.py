@@ -79,3 +79,12 @@ def write(name: str, folder: Path, report: dict[str, Any]) -> None:
     folder.mkdir(exist_ok=True)
     device = report["environment"]["device"].lower().replace(" ", "-")
     (folder / f"{name}-{device}.json").write_text(json.dumps(report, indent=2) + "\n")
+
+
+def copy_bandwidth() -> float:
+    """TB/s of a copy, read and write counted: what the memory of this GPU gives."""
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    milliseconds = measure({"copy": lambda: target.copy_(source)}, "cuda", 0.2)["copy"]
+    assert isinstance(milliseconds, float)
+    return 2 * source.numel() / milliseconds / 1e9

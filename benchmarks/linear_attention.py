@@ -1,6 +1,8 @@
-"""Time linear and gated linear attention against softmax attention on this machine, as ratios.
+"""Time and memory of linear and gated linear attention against softmax attention on this machine, as ratios.
 
 On a CPU it counts the seconds of CPU time of one thread, to which other work on the machine hardly matters.
+
+Memory is what autograd keeps for the backward pass beyond the inputs and the output, in bytes per token.
 
 Usage: python benchmarks/linear_attention.py [--output FILE] [--rounds 3] [--device cpu]
 """
@@ -21,24 +23,31 @@ import torch.nn.functional as F
 from diffusers_linattn.layout import TokenLayout
 from diffusers_linattn.ops.gated import gated_linear_attention
 from diffusers_linattn.ops.linear import linear_attention
+from diffusers_linattn.processors.attention_call import AttentionCall
+from diffusers_linattn.processors.linear import LinearProcessor
 
 
 HEADS, HEAD_DIM = 4, 64
-COMPARED, OURS_ALONE = (64, 128), (256,)
+COMPARED, OURS_ALONE = (32, 64, 128), (256,)
 SOFTMAX = "softmax"
 
 
 def make_inputs(layout: TokenLayout, device: str, requires_grad: bool = False) -> list[torch.Tensor]:
     torch.manual_seed(0)
-    inputs = [torch.randn(1, HEADS, layout.length, HEAD_DIM, device=device) for _ in range(4)]
+    # As the projections of a model leave them.
+    inputs = [torch.randn(1, layout.length, HEADS, HEAD_DIM, device=device).transpose(1, 2) for _ in range(4)]
     inputs[3] = F.logsigmoid(inputs[3]) / 16
     return [x.requires_grad_(requires_grad) for x in inputs]
 
 
 def candidates(layout: TokenLayout, inputs: list[torch.Tensor]) -> dict[str, Callable[[], torch.Tensor]]:
     query, key, value, gate = inputs
+    processor = LinearProcessor(reset_projections=True)
+    processor.build(HEADS, HEAD_DIM, HEADS * HEAD_DIM, 0)
+    call = AttentionCall(query, key, value, layout, None, None, False, hidden_states=query)
     return {
         "linear": lambda: linear_attention(query, key, value, layout),
+        "LinearProcessor, 5x5": lambda: processor.attend(call),
         "gated, one way": lambda: gated_linear_attention(query, key, value, gate, layout, direction="forward"),
         "gated, both ways": lambda: gated_linear_attention(query, key, value, gate, layout),
         SOFTMAX: lambda: F.scaled_dot_product_attention(query, key, value),
@@ -72,15 +81,32 @@ def interleaved(functions: dict[str, Callable[[], object]], rounds: int, device:
     return {name: min(times) for name, times in seconds.items()}
 
 
-def measure(side: int, training: bool, rounds: int, device: str) -> dict[str, float]:
+def kept_bytes(function: Callable[[], torch.Tensor], inputs: list[torch.Tensor]) -> int:
+    """What autograd keeps of a forward pass beyond its inputs and its output."""
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        output = function()
+    for x in (*inputs, output):
+        kept.pop(x.untyped_storage().data_ptr(), None)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def measure(side: int, training: bool, rounds: int, device: str) -> tuple[dict[str, float], dict[str, int]]:
     layout = TokenLayout.image((1, side, side))
     inputs = make_inputs(layout, device, requires_grad=training)
     functions: dict[str, Callable[[], object]] = dict(candidates(layout, inputs))
     if side in OURS_ALONE:
         del functions[SOFTMAX]
+    kept = {}
     if training:
+        kept = {name: kept_bytes(function, inputs) for name, function in functions.items()}  # type: ignore[arg-type]
         functions = {name: lambda run=run: run().sum().backward() for name, run in functions.items()}  # type: ignore
-    return interleaved(functions, rounds, device)
+    return interleaved(functions, rounds, device), kept
 
 
 def main() -> None:
@@ -96,7 +122,7 @@ def main() -> None:
     print(f"{'tokens':>10} {'pass':>18} {'operator':>18} {'times faster than softmax':>26} {'time per token':>15}")
     for training in (False, True):
         for side in COMPARED + OURS_ALONE:
-            times = measure(side, training, args.rounds, args.device)
+            times, kept = measure(side, training, args.rounds, args.device)
             for name in [name for name in times if name != SOFTMAX]:
                 per_token = times[name] / side**2
                 growth = per_token / first.setdefault((training, name), per_token)
@@ -110,6 +136,8 @@ def main() -> None:
                         "time_per_token_relative_to_smallest": round(growth, 2),
                     }
                 )
+                if kept:
+                    rows[-1]["bytes_kept_per_token"] = round(kept[name] / side**2)
                 print(f"{side:>6}x{side:<3} {rows[-1]['pass']:>18} {name:>18} {faster or '-':>26} {growth:>15.2f}")
 
     output = args.output or Path(__file__).parent / "results" / f"linear_attention-{args.device}.json"

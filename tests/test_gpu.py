@@ -134,6 +134,41 @@ def test_kernel_shares_key_heads() -> None:
         assert (a - e).norm() <= 1e-2 * e.norm()
 
 
+@pytest.mark.parametrize("feature_map", ["relu", "elu", "softmax"])
+@pytest.mark.parametrize("text", [0, 77])
+@pytest.mark.parametrize(
+    ("dim", "dtype"),
+    [(dim, torch.bfloat16) for dim in (8, 64, 72, 128, 200, 576)]
+    + [(dim, torch.float16) for dim in (72, 128, 576)]
+    + [(dim, torch.float32) for dim in (64, 128, 576)],
+    ids=str,
+)
+def test_linear_kernels(dim: int, dtype: torch.dtype, text: int, feature_map: str) -> None:
+    """As `check_kernel`, over more tokens than one program takes."""
+    layout = TokenLayout.joint(text=text, grid=(1, 53, 47))
+    shape = (2, layout.length, 2, dim)
+    inputs = [torch.randn(shape, dtype=dtype, device="cuda").transpose(1, 2) for _ in range(3)]
+    mask = torch.rand(2, 1, 1, layout.length, device="cuda") > 0.2
+
+    def run(impl: str, kind: torch.dtype) -> list:
+        leaves = [x.to(kind).requires_grad_() for x in inputs]
+        output = linear_attention(*leaves, layout, feature_map=feature_map, mask=mask if text else None, impl=impl)
+        weight = torch.linspace(-1, 1, output.numel(), device="cuda").reshape(output.shape).to(kind)
+        return [output.detach(), *torch.autograd.grad((output * weight).sum(), leaves)]
+
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    try:
+        ours, again = run("triton", dtype), run("triton", dtype)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    # The reference raises everything to fp32: the rounding of the result, of φ and of the state is our own.
+    floor = {torch.bfloat16: 2**-7, torch.float16: 2**-9, torch.float32: 2e-5}[dtype]
+    for a, b, s, e in zip(ours, again, run("reference", dtype), run("reference", torch.float64), strict=True):
+        assert torch.equal(a, b)
+        error, allowed = (a.double() - e).abs().max(), 2 * (s.double() - e).abs().max()
+        assert error <= allowed + floor * e.abs().max(), f"{error:.1e}, allowed {allowed:.1e}"
+
+
 def test_kernel_is_chosen_and_captured_in_a_graph() -> None:
     layout = TokenLayout.joint(text=64, grid=(1, 96, 96))
     shape = (1, layout.length, 4, 128)

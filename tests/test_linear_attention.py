@@ -277,6 +277,31 @@ def test_large_scores_of_either_sign():
         )
 
 
+@pytest.mark.parametrize("feature_map", ["relu", "softmax", "learned"])
+@pytest.mark.parametrize("text", [0, 7])
+def test_training_keeps_the_inputs_alone(text, feature_map):
+    """Not the features, nor the sums over all tokens, which are computed again in the backward pass."""
+    layout = TokenLayout.joint(text=text, grid=(1, 32, 32))
+    query, key, value = (x.requires_grad_() for x in make_inputs(layout, torch.bfloat16))
+    projection = torch.nn.Linear(16, 16, bias=False, dtype=torch.bfloat16)
+    if feature_map == "learned":
+        feature_map = (lambda x: projection(x).exp(), lambda x: projection(x).exp())
+    kept = {}
+
+    def pack(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        output = linear_attention(query, key, value, layout, feature_map=feature_map)
+    for x in (query, key, value, output):
+        kept.pop(x.untyped_storage().data_ptr(), None)
+    # What remains belongs to the text queries, 16 channels and a number each, and to the learned map.
+    assert sum(storage.nbytes() for storage in kept.values()) <= 4 * (4 * text * 17 + text) + 2 * 16 * 16
+    gradients = torch.autograd.grad(output.sum(), (query, key, value))
+    assert all(x.isfinite().all() for x in gradients)
+
+
 @pytest.mark.parametrize("given", ["as a layout", "as shapes"])
 def test_compiles_once_for_all_sizes(given):
     def of_layout(query, key, value, mask, layout):
@@ -316,7 +341,8 @@ def test_compiled_pairwise_mask_is_checked_at_run_time():
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ({"impl": "triton"}, "Unknown impl 'triton': expected one of None, 'torch', 'reference'"),
+        ({"impl": "dense"}, "Unknown impl 'dense': expected one of None, 'triton', 'torch', 'reference'"),
+        ({"impl": "triton"}, "impl='triton' cannot answer this call: it needs an NVIDIA GPU"),
         ({"feature_map": "gelu"}, "'relu', 'elu', 'softmax', or a pair"),
         ({"feature_map": None}, "Unknown feature_map None"),
         ({"heads": 3}, "heads=3 does not divide the 32 channels of query"),
@@ -324,7 +350,7 @@ def test_compiled_pairwise_mask_is_checked_at_run_time():
         ({"heads": 1, "mask": torch.ones(2, 2, 1, 35, dtype=torch.bool)}, "differs between heads"),
         ({"mask": torch.ones(2, 1, 1, 34, dtype=torch.bool)}, "does not broadcast"),
     ],
-    ids=["impl", "feature map", "no feature map", "heads", "zero heads", "mask per head", "mask"],
+    ids=["impl", "no GPU", "feature map", "no feature map", "heads", "zero heads", "mask per head", "mask"],
 )
 def test_errors(arguments, match):
     layout = LAYOUTS["odd grid"]

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from diffusers_linattn.kernels.tile_configurations import Configuration, Tiles, block_dim, choose_configuration, plan
+from diffusers_linattn.kernels.tile_configurations import Tiles, block_dim, choose_configuration, plan
 from diffusers_linattn.kernels.tile_lists import TileLists
 from diffusers_linattn.layout import TokenLayout
 
@@ -26,7 +26,7 @@ from diffusers_linattn.layout import TokenLayout
 MAX_HEAD_DIM = 256
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-_LOG2_E = math.log2(math.e)
+LOG2_E = math.log2(math.e)
 
 
 @torch.compiler.assume_constant_result
@@ -79,7 +79,7 @@ def local_attention_triton(
     from diffusers_linattn.kernels.local_attention_forward import forward_kernel
 
     call = _Call(query, key, value, pooled_key, pooled_value, mask, layout, window, temporal_window, scale)
-    out, lse = _empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+    out, lse = empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
     tiles = call.configuration.forward
     lists, queries, keys = plan(*call.window, tiles)
     _launch(
@@ -88,8 +88,8 @@ def local_attention_triton(
         (query.shape[0] * query.shape[1],),
         tiles,
         [*call.tensors, call.bias, out, lse, *_tables(lists, query.device)],
-        [*call.strides, *_strides(out)],
-        [scale * _LOG2_E, *call.sizes, len(lists.visited)],
+        [*call.strides, *strides_of(out)],
+        [scale * LOG2_E, *call.sizes, len(lists.visited)],
         [*call.dims, *queries, *keys, lists.isotropic, queries[0] * keys[0] > 1 and temporal_window is not None],
         [mask is not None, call.num_pooled > 0, call.precision],
     )
@@ -98,7 +98,7 @@ def local_attention_triton(
 
 @local_attention_triton.register_fake
 def _(query: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
-    return _empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+    return empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
 
 
 @torch.library.custom_op(
@@ -127,9 +127,9 @@ def local_attention_triton_backward(
     from diffusers_linattn.kernels.local_attention_query_gradient import query_gradient_kernel
 
     call = _Call(query, key, value, pooled_key, pooled_value, mask, layout, window, temporal_window, scale)
-    grad, dquery = _adjacent(grad), _empty_like(query)
+    grad, dquery = adjacent(grad), empty_like(query)
     # Both sums are of weights times a number per query, to which the kernel adds the output's part.
-    delta = grad_lse.mul(-_LOG2_E).contiguous()
+    delta = grad_lse.mul(-LOG2_E).contiguous()
     tiles = call.configuration.query_gradient
     lists, queries, keys = plan(*call.window, tiles)
     _launch(
@@ -138,15 +138,15 @@ def local_attention_triton_backward(
         (query.shape[0] * query.shape[1],),
         tiles,
         [*call.tensors, call.bias, out, grad, lse, delta, dquery, *_tables(lists, query.device)],
-        [*call.strides, *_strides(out), *_strides(grad), *_strides(dquery)],
-        [scale, scale * _LOG2_E, *call.sizes, len(lists.visited)],
+        [*call.strides, *strides_of(out), *strides_of(grad), *strides_of(dquery)],
+        [scale, scale * LOG2_E, *call.sizes, len(lists.visited)],
         [*call.dims, *queries, *keys, lists.isotropic, queries[0] * keys[0] > 1 and temporal_window is not None],
         [mask is not None, call.num_pooled > 0, call.precision],
     )
     _, key, value, pooled_key, pooled_value = call.tensors
     dkey, dvalue = call.key_gradients(key, value, grad, lse, delta, pooled=False)
     if not call.num_pooled:
-        return dquery, dkey, dvalue, _empty_like(pooled_key), _empty_like(pooled_value)
+        return dquery, dkey, dvalue, empty_like(pooled_key), empty_like(pooled_value)
     return dquery, dkey, dvalue, *call.key_gradients(pooled_key, pooled_value, grad, lse, delta, pooled=True)
 
 
@@ -163,7 +163,7 @@ def _(
     pooled_value: torch.Tensor,
     *_: object,
 ) -> tuple[torch.Tensor, ...]:
-    return tuple(_empty_like(x) for x in (query, key, value, pooled_key, pooled_value))
+    return tuple(empty_like(x) for x in (query, key, value, pooled_key, pooled_value))
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -196,20 +196,20 @@ class _Call:
         temporal_window: int | None,
         scale: float,
     ) -> None:
-        self.tensors = [_adjacent(x) for x in (query, key, value, pooled_key, pooled_value)]
+        self.tensors = [adjacent(x) for x in (query, key, value, pooled_key, pooled_value)]
         self.window = (TokenLayout.decode(layout), window, temporal_window)
         self.scale, self.num_pooled = scale, pooled_key.shape[2]
         self.bias, bias_strides = query, [0, 0]  # not read without a mask
         if mask is not None:
-            self.bias = _log2_bias(mask).expand(*query.shape[:2], -1)
+            self.bias = log2_bias(mask).expand(*query.shape[:2], -1)
             bias_strides = list(self.bias.stride()[:2])
         self.bias_strides = bias_strides
-        self.strides = [stride for x in self.tensors for stride in _strides(x)] + bias_strides
+        self.strides = [stride for x in self.tensors for stride in strides_of(x)] + bias_strides
         heads = query.shape[1]
         self.sizes = [heads, heads // key.shape[1], heads // pooled_key.shape[1], query.shape[2], self.num_pooled]
         self.dims = [query.shape[3], block_dim(query.shape[3])]
-        self.precision = _precision() if query.device.type == "cuda" else "ieee"
-        self.configuration = _configuration(query)
+        self.precision = fp32_precision(query.device)
+        self.configuration = choose_configuration(query.shape[3], query.dtype, chip_of(query.device))
 
     def key_gradients(
         self,
@@ -230,20 +230,20 @@ class _Call:
         num_pooled = self.num_pooled if pooled else 0
         lists, keys, queries = plan(*self.window, tiles, owners_are_keys=True, num_pooled=num_pooled)
         has_bias = self.bias is not query and not pooled
-        dkey, dvalue = _empty_like(key), _empty_like(value)
+        dkey, dvalue = empty_like(key), empty_like(value)
         shape = (2, batch, heads, lists.slots, tiles.owner, self.dims[1])
         partial = query.new_empty(shape, dtype=torch.float32)
         inputs = [query, key, value, self.bias, grad, lse, delta, dkey, dvalue, partial]
         bias_strides = self.bias_strides if has_bias else [0, 0]
-        strides = [*_strides(query), *_strides(key), *_strides(value), *bias_strides]
+        strides = [*strides_of(query), *strides_of(key), *strides_of(value), *bias_strides]
         _launch(
             key_gradients_kernel,
             lists,
             (heads, batch),
             tiles,
             [*inputs, *_tables(lists, query.device)],
-            [*strides, *_strides(grad), *_strides(dkey), *_strides(dvalue)],
-            [self.scale, self.scale * _LOG2_E, heads, query.shape[1] // heads, query.shape[2]],
+            [*strides, *strides_of(grad), *strides_of(dkey), *strides_of(dvalue)],
+            [self.scale, self.scale * LOG2_E, heads, query.shape[1] // heads, query.shape[2]],
             [len(lists.visited), lists.slots, *self.dims, *keys, *queries, lists.isotropic],
             [queries[0] * keys[0] > 1 and temporal_window is not None, has_bias, self.precision],
         )
@@ -279,8 +279,10 @@ def _tables(lists: TileLists, device: torch.device) -> tuple[torch.Tensor, ...]:
     return lists.to(device)
 
 
-def _precision() -> str:
+def fp32_precision(device: torch.device) -> str:
     """What torch's settings say about a product of fp32 matrices: `"tf32"` or `"ieee"`."""
+    if device.type != "cuda":
+        return "ieee"
     matmul = torch.backends.cuda.matmul
     # Since torch 2.9; there the older setting cannot be read once this one has been set.
     if hasattr(matmul, "fp32_precision"):
@@ -288,32 +290,32 @@ def _precision() -> str:
     return "tf32" if matmul.allow_tf32 else "ieee"
 
 
-def _configuration(query: torch.Tensor) -> Configuration:
-    chip = 0
-    if query.device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(query.device)
-        chip = 10 * major + minor
-    return choose_configuration(query.shape[3], query.dtype, chip)
+def chip_of(device: torch.device) -> int:
+    """The compute capability times 10; 0: the interpreter."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
-def _log2_bias(mask: torch.Tensor) -> torch.Tensor:
+def log2_bias(mask: torch.Tensor) -> torch.Tensor:
     """A boolean or additive mask of keys, (B | 1, H | 1, 1, N), as fp32 (B | 1, H | 1, N) in units of log 2."""
     mask = mask[:, :, 0]
     if mask.dtype != torch.bool:
-        return mask.float() * _LOG2_E
+        return mask.float() * LOG2_E
     return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, float("-inf"))
 
 
-def _adjacent(x: torch.Tensor) -> torch.Tensor:
+def adjacent(x: torch.Tensor) -> torch.Tensor:
     """`x` with its channels side by side in memory; an expanded gradient, for example, is not."""
     return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
 
 
-def _strides(x: torch.Tensor) -> list[int]:
+def strides_of(x: torch.Tensor) -> list[int]:
     return list(x.stride()[:3])
 
 
-def _empty_like(x: torch.Tensor) -> torch.Tensor:
+def empty_like(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """(B, H, N, D) in the memory order of (B, N, H, D), which callers transpose back for free."""
     batch, heads, tokens, dim = x.shape
-    return x.new_empty(batch, tokens, heads, dim).transpose(1, 2)
+    return x.new_empty(batch, tokens, heads, dim, dtype=dtype).transpose(1, 2)

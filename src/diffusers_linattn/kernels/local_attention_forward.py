@@ -31,7 +31,7 @@ _LOWEST = tl.constexpr(-1.0e30)
 
 
 @triton.jit
-def _attend(acc, total, peak, q, k, v, scale, column, PRECISION: tl.constexpr, visible, CUT: tl.constexpr):
+def attend(acc, total, peak, q, k, v, scale, column, PRECISION: tl.constexpr, visible, CUT: tl.constexpr):
     """One step of the online softmax over N keys. acc (M, D), total and peak (M,), column (N,) is added to scores."""
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + column[None, :]
     if CUT:
@@ -110,9 +110,9 @@ def _attend_tiles(
                 ISOTROPIC,
                 TIMED,
             )
-            acc, total, peak = _attend(acc, total, peak, q, k, v, scale, added, PRECISION, visible, True)
+            acc, total, peak = attend(acc, total, peak, q, k, v, scale, added, PRECISION, visible, True)
         else:
-            acc, total, peak = _attend(acc, total, peak, q, k, v, scale, added, PRECISION, None, False)
+            acc, total, peak = attend(acc, total, peak, q, k, v, scale, added, PRECISION, None, False)
     return acc, total, peak
 
 
@@ -247,7 +247,7 @@ def forward_kernel(
             k = load_rows(k_pointers, there, HEAD_DIM, BLOCK_DIM)
             v = load_rows(v_pointers, there, HEAD_DIM, BLOCK_DIM)
             added = tl.where(there, 0.0, float("-inf"))
-            acc, total, peak = _attend(acc, total, peak, q, k, v, scale, added, PRECISION, None, False)
+            acc, total, peak = attend(acc, total, peak, q, k, v, scale, added, PRECISION, None, False)
 
     sees = total > 0
     total = tl.where(sees, total, 1.0)

@@ -7,7 +7,16 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
+from diffusers_linattn.kernels.linear_attention import (
+    FUSED_FEATURES,
+    MAX_DIM,
+    MAX_TEXT_DIM,
+    linear_product,
+    linear_state,
+)
+from diffusers_linattn.kernels.local_attention import DTYPES, why_not
 from diffusers_linattn.layout import TokenLayout
 from diffusers_linattn.ops import reference
 from diffusers_linattn.ops.checks import check_attention_inputs, check_choice, check_positive_int, repeat_heads
@@ -16,7 +25,7 @@ from diffusers_linattn.ops.local_tiled import masked_sdpa
 from diffusers_linattn.ops.masks import KeyMask, reduce_to_key_mask, take
 
 
-IMPLEMENTATIONS = (None, "torch", "reference")
+IMPLS = ("triton", "torch", "reference")
 
 
 def linear_attention(
@@ -43,7 +52,7 @@ def linear_attention(
         value: (batch, heads, tokens, value_dim), as many heads as key.
         layout: What the tokens are. Text, padding and references of unknown grid are text.
         feature_map: `"relu"`, `"elu"`, `"softmax"`, or a pair `(query_features, key_features)` of callables for a
-            learned map; see [`resolve_feature_map`].
+            learned map; see [`resolve_feature_map`]. The backward pass calls them again on the same tokens.
         heads: Number of heads for grid queries, usually fewer than the model has (LiT): the concatenated heads are cut
             anew, before the feature map. Text queries keep the model's heads. `None` keeps them for all.
         mask: Boolean (True = visible) or additive, broadcastable to (batch, heads, tokens, tokens), the same for every
@@ -51,7 +60,8 @@ def linear_attention(
         scale: Softmax scale, used for text keys and text queries. `None` is `head_dim ** -0.5`, for grid queries with
             the head_dim that `heads` makes; a number is used as it is in both places.
         enable_gqa: Whether key and value may have fewer heads than query.
-        impl: `"torch"`, or `"reference"` (quadratic, for tests); `None` chooses.
+        impl: `"triton"` (kernels for NVIDIA GPUs, in bf16, fp16 and fp32), `"torch"`, or `"reference"` (quadratic, for
+            tests). `None` takes `"triton"` on a GPU that can run this call with it, else `"torch"`.
 
     Returns:
         (batch, heads, tokens, value_dim) in the value's dtype. Sums are in fp32, or fp64 for fp64, whatever autocast
@@ -59,7 +69,8 @@ def linear_attention(
 
     Raises:
         ValueError: Shapes that do not fit each other or the layout, an unknown `feature_map` or `impl`, `heads` that
-            do not divide the channels, or a mask that shows different keys to different queries.
+            do not divide the channels, a mask that shows different keys to different queries, or `"triton"` for a call
+            or a device that it cannot answer.
 
     Example:
         >>> import torch
@@ -69,10 +80,10 @@ def linear_attention(
         >>> linear_attention(query, key, value, layout).shape
         torch.Size([1, 2, 31, 16])
     """
-    check_choice("impl", impl, IMPLEMENTATIONS)
+    check_choice("impl", impl, (None, *IMPLS))
     check_attention_inputs(query, key, value, layout, mask, enable_gqa)
     key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
-    of_query, of_key = resolve_feature_map(feature_map)
+    resolve_feature_map(feature_map)
     grid_query, grid_key, grid_value = query, key, value
     if heads is not None and heads != query.shape[1]:
         _check_heads(heads, query, value, mask)
@@ -81,45 +92,128 @@ def linear_attention(
         return with_text_queries(None, query, key, value, layout, mask, scale)
     key_mask = reduce_to_key_mask(mask, layout, query.dtype)
 
-    phi_q, phi_k = of_query(grid_query), of_key(grid_key)
-    with torch.autocast(query.device.type, enabled=False):
-        if impl == "reference":
-            output = reference.linear_attention(
-                full_precision(grid_query),
-                full_precision(grid_key),
-                full_precision(grid_value),
-                layout,
-                query_features=lambda _: phi_q,
-                key_features=lambda _: phi_k,
-                mask=None if key_mask is None else key_mask.bias,
-                scale=scale,
-            )
-            grid = take(output, layout.grids)
-        else:
-            grid = _grid_queries(grid_query, grid_key, grid_value, layout, phi_q, phi_k, key_mask, scale)
-        grid = grid if key_mask is None else key_mask.zero_hidden(grid)
+    if impl is None or impl == "triton":
+        reason = why_not_triton(grid_query, grid_value, mask)
+        if impl == "triton" and reason is not None:
+            raise ValueError(f"impl='triton' cannot answer this call: {reason}.")
+        impl = "torch" if reason is not None else "triton"
+    compute = {"triton": _by_kernels, "torch": _by_products, "reference": _by_reference}[impl]
+
+    def of_grid_queries(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        grid = compute(query, key, value, layout, feature_map, key_mask, scale)
+        return (grid if key_mask is None else key_mask.zero_hidden(grid)).to(value.dtype)
+
+    if torch.is_grad_enabled() and not (
+        impl == "triton" and _kernels_do_all(feature_map, grid_query, grid_value, layout)
+    ):
+        # Features in fp32 and products over all tokens are many times the inputs to keep, and little to compute again.
+        grid = checkpoint(
+            of_grid_queries, grid_query, grid_key, grid_value, use_reentrant=False, preserve_rng_state=False
+        )
+    else:
+        grid = of_grid_queries(grid_query, grid_key, grid_value)
     return with_text_queries(regroup_heads(grid, query.shape[1]), query, key, value, layout, mask, scale)
 
 
-def _grid_queries(
+def why_not_triton(query: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> str | None:
+    """Why `impl="triton"` cannot answer a call with these grid queries, in words, or `None` if it can."""
+    if mask is not None and mask.requires_grad:
+        return "it has no gradient for a mask: use impl='torch', or pass mask.detach()"
+    if query.dtype not in DTYPES:
+        return f"it computes in bf16, fp16 and fp32, but got {query.dtype}: use impl='torch'"
+    if max(query.shape[-1], value.shape[-1]) > MAX_DIM:
+        return f"head_dim may be at most {MAX_DIM}, but got {query.shape[-1]} and {value.shape[-1]}: use impl='torch'"
+    return why_not(str(query.device))
+
+
+def _by_products(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     layout: TokenLayout,
-    phi_q: torch.Tensor,
-    phi_k: torch.Tensor,
+    feature_map: FeatureMapArgument,
     key_mask: KeyMask | None,
     scale: float | None,
 ) -> torch.Tensor:
     """The output of the grid queries, (B, H, G, D), in fp32 or fp64."""
-    if key_mask is not None:
-        phi_k = phi_k * key_mask.weights()
-    phi_q, phi_k = take(phi_q, layout.grids), take(phi_k, layout.grids)
-    # fp32 has the range that fp16 lacks, so that nothing needs to be divided by the number of tokens here.
-    state = phi_k.transpose(-1, -2) @ full_precision(take(value, layout.grids))  # (B, H, K, D)
-    numerator = phi_q @ state
-    denominator = phi_q @ phi_k.sum(-2)[..., None]
-    return blend_with_text(query, key, value, layout, numerator, denominator, key_mask, scale)
+    of_query, of_key = resolve_feature_map(feature_map)
+    phi_q, phi_k = of_query(take(query, layout.grids)), of_key(take(key, layout.grids))
+    with torch.autocast(query.device.type, enabled=False):
+        if key_mask is not None:
+            phi_k = phi_k * take(key_mask.weights(), layout.grids)
+        # fp32 has the range that fp16 lacks, so that nothing needs to be divided by the number of tokens here.
+        state = phi_k.transpose(-1, -2) @ full_precision(take(value, layout.grids))  # (B, H, K, D)
+        sums = _sums(phi_q, state, phi_k.sum(-2))
+        return blend_with_text(query, key, value, layout, *sums, key_mask, scale)
+
+
+def _by_kernels(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: TokenLayout,
+    feature_map: FeatureMapArgument,
+    key_mask: KeyMask | None,
+    scale: float | None,
+) -> torch.Tensor:
+    """The same by the Triton kernels, in the value's dtype."""
+    of_query, of_key = resolve_feature_map(feature_map)
+    name = feature_map if isinstance(feature_map, str) and feature_map in FUSED_FEATURES else "none"
+    queries, keys = take(query, layout.grids), take(key, layout.grids)
+    if name == "none":
+        queries, keys = of_query(queries).to(query.dtype), of_key(keys).to(key.dtype)
+    with torch.autocast(query.device.type, enabled=False):
+        weights = None if key_mask is None else take(key_mask.weights(), layout.grids)[..., 0]
+        state, normalizer = linear_state(keys, take(value, layout.grids), weights, name)
+        if layout.num_text and not _kernels_do_all(feature_map, query, value, layout):
+            phi_q = full_precision(queries) if name == "none" else of_query(queries)
+            return blend_with_text(query, key, value, layout, *_sums(phi_q, state, normalizer), key_mask, scale)
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        text_key = text_value = text_bias = None
+        if layout.num_text:
+            text_key, text_value = take(key, layout.text), take(value, layout.text)
+            text_bias = None if key_mask is None else take(key_mask.bias, layout.text, -1)[:, :, 0].float()
+        return linear_product(queries, state, normalizer, text_key, text_value, text_bias, scale, name)[0]
+
+
+def _kernels_do_all(
+    feature_map: FeatureMapArgument, query: torch.Tensor, value: torch.Tensor, layout: TokenLayout
+) -> bool:
+    """Whether the kernels take φ and attend to the text themselves, and so keep nothing but their inputs."""
+    fused = isinstance(feature_map, str) and feature_map in FUSED_FEATURES
+    return fused and (not layout.num_text or max(query.shape[-1], value.shape[-1]) <= MAX_TEXT_DIM)
+
+
+def _by_reference(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: TokenLayout,
+    feature_map: FeatureMapArgument,
+    key_mask: KeyMask | None,
+    scale: float | None,
+) -> torch.Tensor:
+    """The same by the specification."""
+    of_query, of_key = resolve_feature_map(feature_map)
+    phi_q, phi_k = of_query(query), of_key(key)
+    with torch.autocast(query.device.type, enabled=False):
+        output = reference.linear_attention(
+            full_precision(query),
+            full_precision(key),
+            full_precision(value),
+            layout,
+            query_features=lambda _: phi_q,
+            key_features=lambda _: phi_k,
+            mask=None if key_mask is None else key_mask.bias,
+            scale=scale,
+        )
+        return take(output, layout.grids)
+
+
+def _sums(phi_q: torch.Tensor, state: torch.Tensor, normalizer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """φ(q) S, (B, H, G, D), and φ(q)·z, (B, H, G, 1), in one product."""
+    numerator, denominator = (phi_q @ torch.cat([state, normalizer[..., None]], -1)).split([state.shape[-1], 1], -1)
+    return numerator, denominator
 
 
 def blend_with_text(
@@ -138,7 +232,7 @@ def blend_with_text(
     of non-negative weights over the grid keys, in fp32 or fp64. The result has their dtype.
     """
     if layout.num_text == 0:
-        return numerator / (denominator + reference.EPS)
+        return numerator * (denominator + reference.EPS).reciprocal()  # in half the passes that a division takes back
     # One softmax over the text and a null key of score 0 gives Σ exp(s) v, Σ exp(s) and 1, all three divided by
     # Σ exp(s) + 1: in range for every score, and without a (G, T) matrix in memory. Two more columns of the values
     # count the text and the null key.
@@ -154,7 +248,7 @@ def blend_with_text(
     bias = None if key_mask is None else F.pad(take(full_precision(key_mask.bias), layout.text, -1), (0, 1))
     softmax = F.scaled_dot_product_attention(query, key, torch.cat([text, null], 2), bias, scale=scale)
     text_sum, text_count, unit = softmax[..., :dim], softmax[..., dim : dim + 1], softmax[..., dim + 1 : dim + 2]
-    return (text_sum + numerator * unit) / (text_count + (denominator + reference.EPS) * unit)
+    return (text_sum + numerator * unit) * (text_count + (denominator + reference.EPS) * unit).reciprocal()
 
 
 def with_text_queries(
@@ -187,9 +281,10 @@ def with_text_queries(
         source = text if is_text else grid
         if source is not None:
             start = starts[is_text]
-            parts.append(source[:, :, start : start + segment.length].to(value.dtype))
+            parts.append(source[:, :, start : start + segment.length].to(value.dtype).transpose(1, 2))
             starts[is_text] = start + segment.length
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+    # In the memory order of (B, N, H, D), so that merging the heads afterwards copies nothing.
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).transpose(1, 2)
 
 
 def regroup_heads(x: torch.Tensor, heads: int) -> torch.Tensor:

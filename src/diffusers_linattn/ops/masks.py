@@ -13,9 +13,11 @@ from diffusers_linattn.ops.reference import mask_bias
 
 
 def take(x: torch.Tensor, segments: Sequence[Segment], dim: int = 2) -> torch.Tensor:
-    """The tokens of some segments, one after the other; a view where there is one segment."""
+    """The tokens of some segments, one after the other; a view where they are neighbours."""
+    if segments and all(a.stop == b.start for a, b in zip(segments, segments[1:], strict=False)):
+        return x.narrow(dim, segments[0].start, segments[-1].stop - segments[0].start)
     parts = [x.narrow(dim, segment.start, segment.length) for segment in segments]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+    return torch.cat(parts, dim)
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from diffusers_linattn.kernels.local_attention import why_not
 from diffusers_linattn.layout import TokenLayout
-from diffusers_linattn.ops.checks import check_choice, check_positive_int
-from diffusers_linattn.ops.linear import linear_attention
+from diffusers_linattn.ops.checks import check_choice, check_positive_int, repeat_heads
+from diffusers_linattn.ops.linear import IMPLS, linear_attention
 from diffusers_linattn.ops.masks import key_visibility
 from diffusers_linattn.processors.attention_call import AttentionCall
 from diffusers_linattn.processors.base import BaseProcessor
@@ -30,7 +31,7 @@ class LinearProcessor(BaseProcessor):
             `"hedgehog"` (learned: softmax of [xW, -xW], W starting as the identity).
         reset_projections (`bool`, *optional*, defaults to `False`): Start the layer's query, key, value and output
             projections afresh, as LiT does when it has a training budget.
-        impl (`str`, *optional*): `"torch"` or `"reference"`; `None` chooses.
+        impl (`str`, *optional*): `"triton"` (NVIDIA GPUs), `"torch"` or `"reference"`; `None` chooses.
 
     Raises:
         ValueError: An argument out of its range.
@@ -41,7 +42,7 @@ class LinearProcessor(BaseProcessor):
         5
     """
 
-    impls = ("torch", "reference")
+    impls = IMPLS
 
     def __init__(
         self,
@@ -91,9 +92,14 @@ class LinearProcessor(BaseProcessor):
             impl=self.impl,
         )
         if self.kernel_size:
-            value = call.value.repeat_interleave(call.query.shape[1] // call.value.shape[1], 1)
+            value = repeat_heads(call.value, call.query.shape[1])
             attended = attended + self.conv(value, call.layout, call.mask, self.heads).to(attended.dtype)
         return attended
+
+    def implementation(self, layout: TokenLayout | None, device: torch.device | None = None) -> str:
+        if self.impl is not None:
+            return self.impl
+        return "triton" if device is not None and device.type == "cuda" and why_not(str(device)) is None else "torch"
 
 
 class HedgehogFeatures(nn.Module):
@@ -134,7 +140,7 @@ class ValueConvolution(nn.Module):
             if visible is not None:
                 part = part * visible[..., segment.start : segment.stop, :]
             parts.append(self._convolve(part, segment.grid, heads))
-        return torch.cat(parts, 2)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
     def _convolve(self, value: torch.Tensor, grid: tuple[int, int, int], heads: int | None) -> torch.Tensor:
         batch, model_heads, tokens, head_dim = value.shape

@@ -1,0 +1,251 @@
+"""The gradients of linear attention that are not themselves a state or a product with one.
+
+With w = 1 / denominator, o the output, g its gradient and δ = g·o, the gradient of φ(q) is w (S g − δ z), and those
+of the state S and the normalizer z are Σ φ(q) w g and −Σ φ(q) w δ: a state again. The keys, which have no denominator,
+get S g + z: what queries get with δ = −1. A program of the text's gradients owns a block of text and walks its share
+of the queries, with scores transposed, (text, queries), so that no product transposes a result.
+
+Letters: M tokens of a block, K features, V value columns, both cut into blocks. Scores are in units of log 2.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from diffusers_linattn.kernels.linear_blocks import (
+    load_block,
+    load_state,
+    multiply,
+    split,
+    store_block,
+    through_features,
+)
+
+
+@triton.jit(do_not_specialize=["heads", "num_tokens", "num_text", "share"])
+def feature_gradient_kernel(
+    query,
+    grad,
+    out,
+    lse,
+    state,
+    normalizer,
+    weights,
+    text_key,
+    text_value,
+    text_bias,
+    dquery,
+    shrunk,
+    count_weights,
+    delta,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_gb,
+    stride_gh,
+    stride_gn,
+    stride_ob,
+    stride_oh,
+    stride_on,
+    stride_wb,
+    stride_wh,
+    stride_tkb,
+    stride_tkh,
+    stride_tkn,
+    stride_tvb,
+    stride_tvh,
+    stride_tvn,
+    stride_bb,
+    stride_bh,
+    stride_db,
+    stride_dh,
+    stride_dn,
+    scale,
+    log2_scale,
+    heads,
+    num_tokens,
+    num_text,
+    share,
+    FEATURES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    WIDE_V: tl.constexpr,
+    FEATURE_MAP: tl.constexpr,
+    NORMALIZED: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    HAS_TEXT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Grid (blocks of features, shares of `share` tokens, batch * heads).
+
+    Writes dquery and, normalized, the numbers of every query that the other gradients need, fp32
+    (batch * heads, tokens): shrunk = w, count_weights = −w δ, and delta = δ.
+    """
+    batch, head = (tl.program_id(2) // heads).to(tl.int64), (tl.program_id(2) % heads).to(tl.int64)
+    COLUMN_BLOCKS: tl.constexpr = (COLUMNS + BLOCK_V - 1) // BLOCK_V
+    feature = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    column = tl.arange(0, BLOCK_V)
+    query += batch * stride_qb + head * stride_qh
+    grad += batch * stride_gb + head * stride_gh
+    out += batch * stride_ob + head * stride_oh
+    dquery += batch * stride_db + head * stride_dh
+    weights += batch * stride_wb + head * stride_wh
+    numbers = tl.program_id(2).to(tl.int64) * num_tokens
+    state += tl.program_id(2).to(tl.int64) * FEATURES * COLUMNS
+    normalizer += tl.program_id(2).to(tl.int64) * FEATURES
+    if HAS_TEXT:
+        text_key += batch * stride_tkb + head * stride_tkh
+        text_value += batch * stride_tvb + head * stride_tvh
+        text_bias += batch * stride_bb + head * stride_bh
+    count = tl.load(normalizer + feature, mask=feature < FEATURES, other=0.0)
+    if COLUMN_BLOCKS == 1:  # the state stays where it is for all blocks of tokens
+        high, low = split(load_state(state, feature, column, FEATURES, COLUMNS, True), grad.dtype.element_ty, SPLIT)
+
+    first = tl.program_id(1) * share
+    last = tl.minimum(first + share, num_tokens)
+    token = tl.arange(0, BLOCK_M)
+    for token0 in range(first, last, BLOCK_M):
+        valid = token0 + token < last
+        acc = tl.zeros([BLOCK_M, BLOCK_K], dtype=tl.float32)
+        products = tl.zeros([BLOCK_M], dtype=tl.float32)
+        if COLUMN_BLOCKS == 1:
+            g = load_block(grad, token0, stride_gn, valid, column, COLUMNS, BLOCK_V)
+            acc = multiply(g, high, low, acc, SPLIT, PRECISION)
+            if NORMALIZED:
+                o = load_block(out, token0, stride_on, valid, column, COLUMNS, BLOCK_V)
+                products = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
+        else:
+            for block in range(COLUMN_BLOCKS):
+                here = block * BLOCK_V + column
+                g = load_block(grad, token0, stride_gn, valid, here, COLUMNS, BLOCK_V)
+                high, low = split(
+                    load_state(state, feature, here, FEATURES, COLUMNS, True), grad.dtype.element_ty, SPLIT
+                )
+                acc = multiply(g, high, low, acc, SPLIT, PRECISION)
+                if NORMALIZED:
+                    o = load_block(out, token0, stride_on, valid, here, COLUMNS, BLOCK_V)
+                    products += tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
+        if NORMALIZED:
+            sums = tl.load(lse + numbers + token0 + token, mask=valid, other=float("inf"))
+            w = tl.exp2(-sums)
+            acc = (acc - products[:, None] * count[None, :]) * w[:, None]
+            written = valid & (token >= tl.program_id(0) * BLOCK_M)  # by the first block of features
+            tl.store(shrunk + numbers + token0 + token, w, mask=written)
+            tl.store(count_weights + numbers + token0 + token, -w * products, mask=written)
+            tl.store(delta + numbers + token0 + token, products, mask=written)
+        else:
+            acc += count[None, :]
+            if WEIGHTED:
+                acc *= tl.load(weights + token0 + token, mask=valid, other=0.0)[:, None]
+        q = load_block(query, token0, stride_qn, valid, feature, FEATURES, BLOCK_K)
+        acc = through_features(acc, q, FEATURE_MAP)
+        if HAS_TEXT:
+            text, channel = tl.arange(0, BLOCK_T), tl.arange(0, WIDE_V)
+            g = load_block(grad, token0, stride_gn, valid, channel, COLUMNS, WIDE_V)
+            for text0 in range(0, num_text, BLOCK_T):
+                there = text0 + text < num_text
+                k = load_block(text_key, text0, stride_tkn, there, feature, FEATURES, BLOCK_K)
+                v = load_block(text_value, text0, stride_tvn, there, channel, COLUMNS, WIDE_V)
+                if HAS_BIAS:
+                    added = tl.load(text_bias + text0 + text, mask=there, other=float("-inf"))
+                else:
+                    added = tl.where(there, 0.0, float("-inf"))
+                scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * log2_scale + added[None, :]
+                p = tl.exp2(scores - sums[:, None])
+                dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
+                ds = p * (dp - products[:, None]) * scale
+                acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
+        store_block(dquery, token0, stride_dn, acc, valid, feature, FEATURES)
+
+
+@triton.jit(do_not_specialize=["heads", "num_tokens", "num_text", "share"])
+def text_gradients_kernel(
+    query,
+    grad,
+    lse,
+    delta,
+    text_key,
+    text_value,
+    text_bias,
+    dkey,
+    dvalue,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_gb,
+    stride_gh,
+    stride_gn,
+    stride_tkb,
+    stride_tkh,
+    stride_tkn,
+    stride_tvb,
+    stride_tvh,
+    stride_tvn,
+    stride_bb,
+    stride_bh,
+    scale,
+    log2_scale,
+    heads,
+    num_tokens,
+    num_text,
+    share,
+    FEATURES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Grid (blocks of text, shares of `share` queries, batch * heads).
+
+    Writes dkey (shares, batch * heads, text tokens, K) and dvalue (…, V), fp32.
+    """
+    batch, head = (tl.program_id(2) // heads).to(tl.int64), (tl.program_id(2) % heads).to(tl.int64)
+    feature, column = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
+    query += batch * stride_qb + head * stride_qh
+    grad += batch * stride_gb + head * stride_gh
+    numbers = tl.program_id(2).to(tl.int64) * num_tokens
+    text_key += batch * stride_tkb + head * stride_tkh
+    text_value += batch * stride_tvb + head * stride_tvh
+    text0 = tl.program_id(0) * BLOCK_T
+    text = text0 + tl.arange(0, BLOCK_T)
+    there = text < num_text
+    k = load_block(text_key, text0, stride_tkn, there, feature, FEATURES, BLOCK_K)
+    v = load_block(text_value, text0, stride_tvn, there, column, COLUMNS, BLOCK_V)
+    if HAS_BIAS:
+        added = tl.load(text_bias + batch * stride_bb + head * stride_bh + text, mask=there, other=float("-inf"))
+    else:
+        added = tl.where(there, 0.0, float("-inf"))
+
+    dk = tl.zeros([BLOCK_T, BLOCK_K], dtype=tl.float32)
+    dv = tl.zeros([BLOCK_T, BLOCK_V], dtype=tl.float32)
+    first = tl.program_id(1) * share
+    last = tl.minimum(first + share, num_tokens)
+    token = tl.arange(0, BLOCK_M)
+    for token0 in range(first, last, BLOCK_M):
+        valid = token0 + token < last
+        q = load_block(query, token0, stride_qn, valid, feature, FEATURES, BLOCK_K)
+        g = load_block(grad, token0, stride_gn, valid, column, COLUMNS, BLOCK_V)
+        # Queries that are not there have weight 0.
+        sums = tl.load(lse + numbers + token0 + token, mask=valid, other=float("inf"))
+        products = tl.load(delta + numbers + token0 + token, mask=valid, other=0.0)
+        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * log2_scale + added[:, None]
+        p = tl.exp2(scores - sums[None, :])
+        dv = tl.dot(p.to(g.dtype), g, dv, input_precision=PRECISION)
+        dp = tl.dot(v, tl.trans(g), input_precision=PRECISION)
+        ds = p * (dp - products[None, :])
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+
+    place = tl.program_id(1).to(tl.int64) * tl.num_programs(2) + tl.program_id(2)
+    dkey += place * num_text * FEATURES
+    dvalue += place * num_text * COLUMNS
+    store_block(dkey, text0, FEATURES, dk * scale, there, feature, FEATURES)
+    store_block(dvalue, text0, COLUMNS, dv, there, column, COLUMNS)

@@ -1,0 +1,202 @@
+"""The two passes of linear attention: the state of all keys, then the queries' products with it.
+
+A program of the first pass adds up φ(k)ᵀ v and φ(k) over its share of the tokens, for one block of the state; the
+shares are added afterwards. A program of the second walks blocks of queries. The weights of the text, exp(s), are
+added there by an online softmax that starts from a null score of 0, beside which φ(q)·Σφ(k) is a weight like another.
+
+Letters: M tokens of a block, K features, V value columns, both cut into blocks. Scores are in units of log 2.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from diffusers_linattn.kernels.linear_blocks import features, load_block, load_state, multiply, split, store_block
+from diffusers_linattn.kernels.local_attention_forward import attend
+
+
+_EPS = tl.constexpr(1e-6)  # that of `ops.reference`
+
+
+@triton.jit(do_not_specialize=["heads", "num_tokens", "share"])
+def state_kernel(
+    key,
+    value,
+    weights,
+    count_weights,
+    state,
+    normalizer,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_wb,
+    stride_wh,
+    heads,
+    num_tokens,
+    share,
+    FEATURES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    FEATURE_MAP: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Grid (blocks of the state, shares of `share` tokens, batch * heads).
+
+    Writes state (shares, batch * heads, K, V) and normalizer (shares, batch * heads, K), fp32: Σ w φ(k) v and Σ u φ(k)
+    with the weights w and the count weights u of the tokens.
+    """
+    batch, head = (tl.program_id(2) // heads).to(tl.int64), (tl.program_id(2) % heads).to(tl.int64)
+    COLUMN_BLOCKS: tl.constexpr = (COLUMNS + BLOCK_V - 1) // BLOCK_V
+    feature = tl.program_id(0) // COLUMN_BLOCKS * BLOCK_K + tl.arange(0, BLOCK_K)
+    column = tl.program_id(0) % COLUMN_BLOCKS * BLOCK_V + tl.arange(0, BLOCK_V)
+    key += batch * stride_kb + head * stride_kh
+    value += batch * stride_vb + head * stride_vh
+    weights += batch * stride_wb + head * stride_wh
+    count_weights += batch * stride_wb + head * stride_wh
+
+    acc = tl.zeros([BLOCK_K, BLOCK_V], dtype=tl.float32)
+    count = tl.zeros([BLOCK_K], dtype=tl.float32)
+    first = tl.program_id(1) * share
+    last = tl.minimum(first + share, num_tokens)
+    token = tl.arange(0, BLOCK_M)
+    for token0 in range(first, last, BLOCK_M):
+        valid = token0 + token < last
+        k = load_block(key, token0, stride_kn, valid, feature, FEATURES, BLOCK_K)
+        v = load_block(value, token0, stride_vn, valid, column, COLUMNS, BLOCK_V)
+        phi = features(k, FEATURE_MAP)
+        if WEIGHTED:
+            counted = tl.load(count_weights + token0 + token, mask=valid, other=0.0)
+            count += tl.sum(phi * counted[:, None], 0)
+            phi = phi * tl.load(weights + token0 + token, mask=valid, other=0.0)[:, None]
+        else:
+            count += tl.sum(tl.where(valid[:, None], phi, 0.0), 0)
+        if v.dtype == tl.bfloat16:
+            acc = tl.dot(tl.trans(phi.to(tl.bfloat16)), v, acc)
+        else:  # weights may be out of the range of fp16
+            acc = tl.dot(tl.trans(phi), v.to(tl.float32), acc, input_precision=PRECISION)
+
+    place = tl.program_id(1).to(tl.int64) * tl.num_programs(2) + tl.program_id(2)
+    pointers = state + place * FEATURES * COLUMNS + feature[:, None] * COLUMNS + column[None, :]
+    tl.store(pointers, acc, mask=(feature < FEATURES)[:, None] & (column < COLUMNS)[None, :])
+    first_columns = tl.arange(0, BLOCK_K) >= tl.program_id(0) % COLUMN_BLOCKS * BLOCK_K
+    tl.store(normalizer + place * FEATURES + feature, count, mask=(feature < FEATURES) & first_columns)
+
+
+@triton.jit(do_not_specialize=["heads", "num_tokens", "num_text", "share"])
+def product_kernel(
+    query,
+    state,
+    normalizer,
+    weights,
+    text_key,
+    text_value,
+    text_bias,
+    out,
+    lse,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_wb,
+    stride_wh,
+    stride_tkb,
+    stride_tkh,
+    stride_tkn,
+    stride_tvb,
+    stride_tvh,
+    stride_tvn,
+    stride_bb,
+    stride_bh,
+    stride_ob,
+    stride_oh,
+    stride_on,
+    log2_scale,
+    heads,
+    num_tokens,
+    num_text,
+    share,
+    FEATURES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    WIDE_K: tl.constexpr,
+    FEATURE_MAP: tl.constexpr,
+    NORMALIZED: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    HAS_TEXT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Grid (blocks of value columns, shares of `share` tokens, batch * heads).
+
+    Normalized, writes the attention of the queries, out (batch, heads, tokens, V), and the base-2 logarithm of the
+    denominator, lse (batch * heads, tokens). Otherwise writes w φ(q) S alone. `log2_scale` is the scale of the scores
+    times log2(e), which the bias contains, fp32 (batch, heads, text tokens).
+    """
+    batch, head = (tl.program_id(2) // heads).to(tl.int64), (tl.program_id(2) % heads).to(tl.int64)
+    FEATURE_BLOCKS: tl.constexpr = (FEATURES + BLOCK_K - 1) // BLOCK_K
+    feature = tl.arange(0, BLOCK_K)
+    column = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
+    query += batch * stride_qb + head * stride_qh
+    out += batch * stride_ob + head * stride_oh
+    lse += tl.program_id(2).to(tl.int64) * num_tokens
+    weights += batch * stride_wb + head * stride_wh
+    state += tl.program_id(2).to(tl.int64) * FEATURES * COLUMNS
+    normalizer += tl.program_id(2).to(tl.int64) * FEATURES
+    if HAS_TEXT:
+        text_key += batch * stride_tkb + head * stride_tkh
+        text_value += batch * stride_tvb + head * stride_tvh
+        text_bias += batch * stride_bb + head * stride_bh
+    if FEATURE_BLOCKS == 1:  # the state stays where it is for all blocks of queries
+        high, low = split(load_state(state, feature, column, FEATURES, COLUMNS, False), query.dtype.element_ty, SPLIT)
+        count = tl.load(normalizer + feature, mask=feature < FEATURES, other=0.0)
+
+    first = tl.program_id(1) * share
+    last = tl.minimum(first + share, num_tokens)
+    token = tl.arange(0, BLOCK_M)
+    for token0 in range(first, last, BLOCK_M):
+        valid = token0 + token < last
+        acc = tl.zeros([BLOCK_M, BLOCK_V], dtype=tl.float32)
+        if FEATURE_BLOCKS == 1:
+            phi = features(load_block(query, token0, stride_qn, valid, feature, FEATURES, BLOCK_K), FEATURE_MAP)
+            acc = multiply(phi, high, low, acc, SPLIT, PRECISION)
+            total = tl.sum(phi * count[None, :], 1)
+        else:
+            total = tl.zeros([BLOCK_M], dtype=tl.float32)
+            for block in range(FEATURE_BLOCKS):
+                here = block * BLOCK_K + feature
+                phi = features(load_block(query, token0, stride_qn, valid, here, FEATURES, BLOCK_K), FEATURE_MAP)
+                high, low = split(
+                    load_state(state, here, column, FEATURES, COLUMNS, False), query.dtype.element_ty, SPLIT
+                )
+                acc = multiply(phi, high, low, acc, SPLIT, PRECISION)
+                total += tl.sum(phi * tl.load(normalizer + here, mask=here < FEATURES, other=0.0)[None, :], 1)
+        if NORMALIZED:
+            total += _EPS
+            peak = tl.zeros([BLOCK_M], dtype=tl.float32)
+            if HAS_TEXT:
+                text, channel = tl.arange(0, BLOCK_T), tl.arange(0, WIDE_K)
+                q = load_block(query, token0, stride_qn, valid, channel, FEATURES, WIDE_K)
+                for text0 in range(0, num_text, BLOCK_T):
+                    there = text0 + text < num_text
+                    k = load_block(text_key, text0, stride_tkn, there, channel, FEATURES, WIDE_K)
+                    v = load_block(text_value, text0, stride_tvn, there, column, COLUMNS, BLOCK_V)
+                    if HAS_BIAS:
+                        added = tl.load(text_bias + text0 + text, mask=there, other=float("-inf"))
+                    else:
+                        added = tl.where(there, 0.0, float("-inf"))
+                    acc, total, peak = attend(acc, total, peak, q, k, v, log2_scale, added, PRECISION, None, False)
+            acc = acc / total[:, None]
+            tl.store(lse + token0 + token, peak + tl.log2(total), mask=valid & (token >= tl.program_id(0) * BLOCK_M))
+        elif WEIGHTED:
+            acc = acc * tl.load(weights + token0 + token, mask=valid, other=0.0)[:, None]
+        store_block(out, token0, stride_on, acc, valid, column, COLUMNS)

@@ -1,0 +1,83 @@
+"""Blocks of tokens, their features and products with the state; shared by the Triton kernels of linear attention.
+
+Letters: M tokens of a block, BLOCK channels of a block, of which those from SIZE on do not exist.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+_EPS = tl.constexpr(1e-6)  # that of `ops.reference`
+
+
+@triton.jit
+def load_block(pointer, token0, stride, valid, channel, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """(M, BLOCK) of the tokens from `token0` on, 0 where a token or a channel does not exist."""
+    token = tl.arange(0, valid.shape[0])
+    pointers = pointer + tl.cast(token0, tl.int64) * stride + token[:, None] * stride + channel[None, :]
+    if SIZE % BLOCK == 0:
+        return tl.load(pointers, mask=valid[:, None], other=0.0)
+    return tl.load(pointers, mask=valid[:, None] & (channel < SIZE)[None, :], other=0.0)
+
+
+@triton.jit
+def store_block(pointer, token0, stride, x, valid, channel, SIZE: tl.constexpr):
+    """The inverse of `load_block`, in the pointer's dtype."""
+    token = tl.arange(0, valid.shape[0])
+    pointers = pointer + tl.cast(token0, tl.int64) * stride + token[:, None] * stride + channel[None, :]
+    tl.store(pointers, x.to(pointer.dtype.element_ty), mask=valid[:, None] & (channel < SIZE)[None, :])
+
+
+@triton.jit
+def load_state(state, feature, column, FEATURES: tl.constexpr, COLUMNS: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """A block of the state (FEATURES, COLUMNS), or of its transpose, 0 beyond its sides."""
+    if TRANSPOSED:
+        pointers = state + feature[None, :] * COLUMNS + column[:, None]
+        return tl.load(pointers, mask=(feature < FEATURES)[None, :] & (column < COLUMNS)[:, None], other=0.0)
+    else:
+        pointers = state + feature[:, None] * COLUMNS + column[None, :]
+        return tl.load(pointers, mask=(feature < FEATURES)[:, None] & (column < COLUMNS)[None, :], other=0.0)
+
+
+@triton.jit
+def features(x, FEATURE_MAP: tl.constexpr):
+    """φ in fp32; also of channels that do not exist, where the state is 0."""
+    x = x.to(tl.float32)
+    if FEATURE_MAP == "relu":
+        x = tl.maximum(x, 0.0) + _EPS
+    elif FEATURE_MAP == "elu":
+        x = tl.where(x > 0, x + 1, tl.exp(tl.minimum(x, 0.0)))
+    return x
+
+
+@triton.jit
+def through_features(gradient, x, FEATURE_MAP: tl.constexpr):
+    """The gradient of x from that of φ(x)."""
+    x = x.to(tl.float32)
+    if FEATURE_MAP == "relu":
+        gradient = tl.where(x > 0, gradient, 0.0)
+    elif FEATURE_MAP == "elu":
+        gradient = gradient * tl.exp(tl.minimum(x, 0.0))
+    return gradient
+
+
+@triton.jit
+def split(state, dtype: tl.constexpr, SPLIT: tl.constexpr):
+    """The fp32 state as two summands in the dtype of the tokens, with which products in bf16 lose next to nothing."""
+    if SPLIT:
+        high = state.to(dtype)
+        return high, (state - high.to(tl.float32)).to(dtype)
+    else:
+        return state, state
+
+
+@triton.jit
+def multiply(x, high, low, acc, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + x (M, A) @ state (A, B), the state as `split` gives it."""
+    if SPLIT:
+        acc = tl.dot(x.to(high.dtype), high, acc)
+        return tl.dot(x.to(high.dtype), low, acc)
+    else:
+        return tl.dot(x.to(tl.float32), high, acc, input_precision=PRECISION)

@@ -1,0 +1,103 @@
+"""Compiles the kernels of linear attention for chips that this machine does not have, and reads what they need.
+
+python tests/compile_linear_kernels.py            # a table: registers, stack, shared memory, asynchronous copies
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+
+from diffusers_linattn.kernels.linear_launches import Launch, block_of, choose_launch
+
+from compile_kernels import CHIPS, TYPES, Compiled, _read
+
+
+# What a training step of each kind launches, by name: the kernel and the constants that differ from the usual ones.
+LAUNCHES: dict[str, tuple[str, dict[str, Any]]] = {
+    "state": ("state_kernel", {}),
+    "product": ("product_kernel", {}),
+    "query gradient": ("feature_gradient_kernel", {}),
+    "state of gradients": ("state_kernel", {"WEIGHTED": True}),
+    "key gradient": ("feature_gradient_kernel", {"NORMALIZED": False}),
+    "value gradient": ("product_kernel", {"NORMALIZED": False}),
+}
+TEXT_LAUNCHES: dict[str, tuple[str, dict[str, Any]]] = {
+    "product, text": ("product_kernel", {"HAS_TEXT": True}),
+    "query gradient, text": ("feature_gradient_kernel", {"HAS_TEXT": True}),
+    "text gradients": ("text_gradients_kernel", {"HAS_TEXT": True}),
+}
+_INTEGERS = ("heads", "num_tokens", "num_text", "share")
+_FP32 = ("weights", "count_weights", "state", "normalizer", "text_bias", "lse", "shrunk", "delta")
+
+
+def compile_launch(name: str, head_dim: int, dtype: torch.dtype, chip: int, launch: Launch | None = None) -> Compiled:
+    """Compile one launch for `sm_<chip>`."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from diffusers_linattn.kernels import linear_attention_backward as backward
+    from diffusers_linattn.kernels import linear_attention_forward as forward
+
+    kernel_name, flags = (LAUNCHES | TEXT_LAUNCHES)[name]
+    kernel = getattr(forward, kernel_name, None) or getattr(backward, kernel_name)
+    block = block_of(head_dim)
+    launch = launch or choose_launch(kernel_name, head_dim, dtype, chip, "HAS_TEXT" in flags)
+    constants: dict[str, Any] = {
+        "FEATURES": head_dim,
+        "COLUMNS": head_dim,
+        "BLOCK_K": launch.summed if kernel_name == "product_kernel" else block,
+        "BLOCK_V": launch.summed if kernel_name == "feature_gradient_kernel" else block,
+        "WIDE_K": block,
+        "WIDE_V": block,
+        "BLOCK_M": launch.tokens,
+        "BLOCK_T": launch.text,
+        "FEATURE_MAP": "relu",
+        "NORMALIZED": True,
+        "WEIGHTED": False,
+        "HAS_TEXT": False,
+        "HAS_BIAS": True,
+        "SPLIT": dtype == torch.bfloat16,
+        "PRECISION": "tf32" if dtype == torch.float16 else "ieee",
+    }
+    constants = {key: value for key, value in (constants | flags).items() if key in kernel.arg_names}
+    signature, attributes = {}, {}
+    for i, argument in enumerate(kernel.arg_names):
+        signature[argument] = _type(kernel_name, argument, TYPES[dtype], constants)
+        if signature[argument].startswith("*") or argument.startswith("stride_"):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
+    return _read(triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options))
+
+
+def _type(kernel: str, argument: str, element: str, constants: dict[str, Any]) -> str:
+    if argument in constants:
+        return "constexpr"
+    if argument.startswith("stride_") or argument in _INTEGERS:
+        return "i32"
+    if argument in ("scale", "log2_scale"):
+        return "fp32"
+    if argument in _FP32 or (kernel == "text_gradients_kernel" and argument in ("dkey", "dvalue")):
+        return "*fp32"
+    return f"*{element}"
+
+
+def main() -> None:
+    import triton
+
+    print(f"triton {triton.__version__}")
+    print("chip dim dtype launch                 regs stack spills in loop  shared async")
+    sizes = [(128, torch.bfloat16), (72, torch.float16), (576, torch.bfloat16), (64, torch.bfloat16)]
+    for chip in [int(x) for x in sys.argv[1:]] or CHIPS:
+        for head_dim, dtype in sizes:
+            for name in LAUNCHES | (TEXT_LAUNCHES if head_dim <= 128 else {}):
+                result = compile_launch(name, head_dim, dtype, chip)
+                print(f"{chip:4} {head_dim:3} {TYPES[dtype]:5} {name:22} {result}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
