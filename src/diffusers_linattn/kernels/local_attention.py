@@ -79,7 +79,7 @@ def local_attention_triton(
     from diffusers_linattn.kernels.local_attention_forward import forward_kernel
 
     call = _Call(query, key, value, pooled_key, pooled_value, mask, layout, window, temporal_window, scale)
-    out, lse = _empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+    out, lse = empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
     tiles = call.configuration.forward
     lists, queries, keys = plan(*call.window, tiles)
     _launch(
@@ -88,7 +88,7 @@ def local_attention_triton(
         query.shape[0] * query.shape[1],
         tiles,
         [*call.tensors, call.bias, out, lse, *_tables(lists, query.device)],
-        [*call.strides, *_strides(out)],
+        [*call.strides, *strides_of(out)],
         [scale * _LOG2_E, *call.sizes, len(lists.visited)],
         [*call.dims, *queries, *keys, lists.isotropic, queries[0] * keys[0] > 1 and temporal_window is not None],
         [mask is not None, call.num_pooled > 0, call.precision],
@@ -98,7 +98,7 @@ def local_attention_triton(
 
 @local_attention_triton.register_fake
 def _(query: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
-    return _empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+    return empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
 
 
 @torch.library.custom_op(
@@ -125,7 +125,7 @@ def local_attention_triton_backward(
     from diffusers_linattn.kernels.local_attention_query_gradient import query_gradient_kernel
 
     call = _Call(query, key, value, pooled_key, pooled_value, mask, layout, window, temporal_window, scale)
-    grad, delta, dquery = _adjacent(grad), torch.empty_like(lse), _empty_like(query)
+    grad, delta, dquery = adjacent(grad), torch.empty_like(lse), empty_like(query)
     tiles = call.configuration.query_gradient
     lists, queries, keys = plan(*call.window, tiles)
     _launch(
@@ -134,7 +134,7 @@ def local_attention_triton_backward(
         query.shape[0] * query.shape[1],
         tiles,
         [*call.tensors, call.bias, out, grad, lse, delta, dquery, *_tables(lists, query.device)],
-        [*call.strides, *_strides(out), *_strides(grad), *_strides(dquery)],
+        [*call.strides, *strides_of(out), *strides_of(grad), *strides_of(dquery)],
         [scale, scale * _LOG2_E, *call.sizes, len(lists.visited)],
         [*call.dims, *queries, *keys, lists.isotropic, queries[0] * keys[0] > 1 and temporal_window is not None],
         [mask is not None, call.num_pooled > 0, call.precision],
@@ -142,7 +142,7 @@ def local_attention_triton_backward(
     _, key, value, pooled_key, pooled_value = call.tensors
     dkey, dvalue = call.key_gradients(key, value, grad, lse, delta, pooled=False)
     if not call.num_pooled:
-        return dquery, dkey, dvalue, _empty_like(pooled_key), _empty_like(pooled_value)
+        return dquery, dkey, dvalue, empty_like(pooled_key), empty_like(pooled_value)
     return dquery, dkey, dvalue, *call.key_gradients(pooled_key, pooled_value, grad, lse, delta, pooled=True)
 
 
@@ -158,7 +158,7 @@ def _(
     pooled_value: torch.Tensor,
     *_: object,
 ) -> tuple[torch.Tensor, ...]:
-    return tuple(_empty_like(x) for x in (query, key, value, pooled_key, pooled_value))
+    return tuple(empty_like(x) for x in (query, key, value, pooled_key, pooled_value))
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -191,7 +191,7 @@ class _Call:
         temporal_window: int | None,
         scale: float,
     ) -> None:
-        self.tensors = [_adjacent(x) for x in (query, key, value, pooled_key, pooled_value)]
+        self.tensors = [adjacent(x) for x in (query, key, value, pooled_key, pooled_value)]
         self.window = (TokenLayout.decode(layout), window, temporal_window)
         self.scale, self.num_pooled = scale, pooled_key.shape[2]
         self.bias, bias_strides = query, [0, 0]  # not read without a mask
@@ -199,11 +199,11 @@ class _Call:
             self.bias = _log2_bias(mask).expand(*query.shape[:2], -1)
             bias_strides = list(self.bias.stride()[:2])
         self.bias_strides = bias_strides
-        self.strides = [stride for x in self.tensors for stride in _strides(x)] + bias_strides
+        self.strides = [stride for x in self.tensors for stride in strides_of(x)] + bias_strides
         heads = query.shape[1]
         self.sizes = [heads, heads // key.shape[1], heads // pooled_key.shape[1], query.shape[2], self.num_pooled]
         self.dims = [query.shape[3], block_dim(query.shape[3])]
-        self.precision = _precision() if query.device.type == "cuda" else "ieee"
+        self.precision = fp32_precision(query.device)
         self.configuration = _configuration(query)
 
     def key_gradients(
@@ -225,19 +225,19 @@ class _Call:
         num_pooled = self.num_pooled if pooled else 0
         lists, keys, queries = plan(*self.window, tiles, owners_are_keys=True, num_pooled=num_pooled)
         has_bias = self.bias is not query and not pooled
-        dkey, dvalue = _empty_like(key), _empty_like(value)
+        dkey, dvalue = empty_like(key), empty_like(value)
         shape = (2, batch, heads, lists.slots, tiles.owner, self.dims[1])
         partial = query.new_empty(shape, dtype=torch.float32)
         inputs = [query, key, value, self.bias, grad, lse, delta, dkey, dvalue, partial]
         bias_strides = self.bias_strides if has_bias else [0, 0]
-        strides = [*_strides(query), *_strides(key), *_strides(value), *bias_strides]
+        strides = [*strides_of(query), *strides_of(key), *strides_of(value), *bias_strides]
         _launch(
             key_gradients_kernel,
             lists,
             batch * heads,
             tiles,
             [*inputs, *_tables(lists, query.device)],
-            [*strides, *_strides(grad), *_strides(dkey), *_strides(dvalue)],
+            [*strides, *strides_of(grad), *strides_of(dkey), *strides_of(dvalue)],
             [self.scale, self.scale * _LOG2_E, heads, query.shape[1] // heads, query.shape[2]],
             [len(lists.visited), lists.slots, *self.dims, *keys, *queries, lists.isotropic],
             [queries[0] * keys[0] > 1 and temporal_window is not None, has_bias, self.precision],
@@ -276,8 +276,10 @@ def _tables(lists: TileLists, device: torch.device) -> tuple[torch.Tensor, ...]:
     return lists.to(device)
 
 
-def _precision() -> str:
+def fp32_precision(device: torch.device) -> str:
     """What torch's settings say about a product of fp32 matrices: `"tf32"` or `"ieee"`."""
+    if device.type != "cuda":
+        return "ieee"
     matmul = torch.backends.cuda.matmul
     # Since torch 2.9; there the older setting cannot be read once this one has been set.
     if hasattr(matmul, "fp32_precision"):
@@ -301,16 +303,16 @@ def _log2_bias(mask: torch.Tensor) -> torch.Tensor:
     return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, float("-inf"))
 
 
-def _adjacent(x: torch.Tensor) -> torch.Tensor:
+def adjacent(x: torch.Tensor) -> torch.Tensor:
     """`x` with its channels side by side in memory; an expanded gradient, for example, is not."""
     return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
 
 
-def _strides(x: torch.Tensor) -> list[int]:
+def strides_of(x: torch.Tensor) -> list[int]:
     return list(x.stride()[:3])
 
 
-def _empty_like(x: torch.Tensor) -> torch.Tensor:
+def empty_like(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """(B, H, N, D) in the memory order of (B, N, H, D), which callers transpose back for free."""
     batch, heads, tokens, dim = x.shape
-    return x.new_empty(batch, tokens, heads, dim).transpose(1, 2)
+    return x.new_empty(batch, tokens, heads, dim, dtype=dtype).transpose(1, 2)
