@@ -238,10 +238,10 @@ class _Heads:
         counted = call.counted and totals is not None
         self._launch(
             weights_kernel,
-            1,
+            2,
             [call.query, call.key, call.gate, states[1], weights, totals if counted else weights],
             [call.query, call.key, call.gate],
-            [call.query.shape[3], call.block_k, CHUNK, _LEVELS, call.scalar, call.both, counted],
+            [call.query.shape[3], call.block_k, CHUNK // 2, _LEVELS, call.scalar, call.both, counted],
             [call.query_features, call.key_features, call.precision],
         )
         return weights
@@ -296,7 +296,7 @@ class _Heads:
             call.key_blocks,
             [*tensors, *between, dquery, dkey, dgate],
             [*tensors, dquery, dkey, dgate],
-            [call.query.shape[3], call.value.shape[3], call.block_k, call.block_v, CHUNK, _LEVELS],
+            [call.query.shape[3], call.value.shape[3], call.block_k, call.block_v, CHUNK // 2, _LEVELS],
             [call.scalar, call.both, call.counted, call.query_features, call.key_features, call.precision],
         )
 
@@ -315,7 +315,7 @@ class _Heads:
             kernel[grid](*arguments, num_warps=self.call.warps, num_stages=1, enable_fp_fusion=True)
 
 
-_LEVELS = CHUNK.bit_length() - 1
+_LEVELS = (CHUNK // 2).bit_length() - 1
 
 
 def block_sizes(key_dim: int, value_dim: int, dtype: torch.dtype) -> tuple[int, int, int]:

@@ -14,11 +14,11 @@ import triton
 import triton.language as tl
 
 from diffusers_linattn.kernels.gated_path import (
-    chunk_tokens,
     load_features,
     load_gate,
     load_state,
     load_tile,
+    run_tokens,
     store_tile,
 )
 
@@ -76,7 +76,7 @@ def states_kernel(
     gate += head // heads * stride_gb + head % heads * stride_gh
     GATE_DIM: tl.constexpr = 1 if SCALAR else KEY_DIM
 
-    token, valid = chunk_tokens(chunk, 0, length, inner, outer, backward, CHUNK)
+    token, valid = run_tokens(chunk, length, inner, outer, backward, CHUNK, 0)
     k = load_features(key, token, valid, channel, stride_kn, KEY_DIM, FEATURES)
     v = load_tile(value, token, valid, column, stride_vn, VALUE_DIM).to(states.dtype.element_ty)
     g = load_gate(gate, token, valid, channel, stride_gn, GATE_DIM, SCALAR)
@@ -87,14 +87,13 @@ def states_kernel(
             w = valid.to(tl.float32)
     row = (slot * tl.num_programs(0) + chunk) * KEY_DIM
     there = (channel < KEY_DIM)[:, None] & (column < VALUE_DIM)[None, :]
-    for LEFT in tl.static_range(2 if BOTH or GRADIENT else 1):
+    for LEFT in tl.static_range(2):
         # Without both directions, states run right and their gradients left.
         if BOTH or LEFT == GRADIENT:
             passed = g
             if not GRADIENT:  # a key does not pass its own gate
-                other, exists = chunk_tokens(chunk, -1 if LEFT else 1, length, inner, outer, backward, CHUNK)
-                inside = tl.arange(0, CHUNK) > 0 if LEFT else tl.arange(0, CHUNK) < CHUNK - 1
-                passed = load_gate(gate, other, exists & inside, channel, stride_gn, GATE_DIM, SCALAR)
+                other, exists = run_tokens(chunk, length, inner, outer, backward, CHUNK, -1 if LEFT else 1)
+                passed = load_gate(gate, other, exists, channel, stride_gn, GATE_DIM, SCALAR)
             decayed = k * tl.exp(tl.cumsum(passed, 0, reverse=LEFT == 0))
             state = tl.dot(tl.trans(decayed.to(v.dtype)), v, input_precision=PRECISION)
             direction = row + (LEFT if BOTH else 0) * tl.num_programs(2).to(tl.int64) * tl.num_programs(0) * KEY_DIM
@@ -206,7 +205,7 @@ def output_kernel(
     out += head // heads * stride_ob + head % heads * stride_oh
     GATE_DIM: tl.constexpr = 1 if SCALAR else KEY_DIM
 
-    token, valid = chunk_tokens(chunk, 0, length, inner, outer, backward, CHUNK)
+    token, valid = run_tokens(chunk, length, inner, outer, backward, CHUNK, 0)
     row, other_row = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
     weights += (slot * chunks + chunk) * CHUNK * CHUNK
     w = tl.load(weights + (row + other_row * CHUNK if GRADIENT else row * CHUNK + other_row))
@@ -220,9 +219,8 @@ def output_kernel(
             if BOTH or LEFT == GRADIENT:
                 passed = g
                 if GRADIENT:  # a key does not pass its own gate
-                    other, exists = chunk_tokens(chunk, 1 if LEFT else -1, length, inner, outer, backward, CHUNK)
-                    inside = tl.arange(0, CHUNK) < CHUNK - 1 if LEFT else tl.arange(0, CHUNK) > 0
-                    passed = load_gate(gate, other, exists & inside, channel, stride_gn, GATE_DIM, SCALAR)
+                    other, exists = run_tokens(chunk, length, inner, outer, backward, CHUNK, 1 if LEFT else -1)
+                    passed = load_gate(gate, other, exists, channel, stride_gn, GATE_DIM, SCALAR)
                 decayed = q * tl.exp(tl.cumsum(passed, 0, reverse=LEFT == 1))
                 # The state that leaves the chunk before, or the one after for states that run left.
                 entered = chunk + 1 if LEFT else chunk - 1
