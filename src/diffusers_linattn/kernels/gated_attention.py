@@ -33,7 +33,9 @@ _SETTINGS = "SymInt height, SymInt width, bool both, SymInt path, str query_feat
 
 
 @torch.library.custom_op(
-    "diffusers_linattn::gated_attention_triton", mutates_args=(), schema=f"({_INPUTS}, {_SETTINGS}) -> (Tensor, Tensor)"
+    "diffusers_linattn::gated_attention_triton",
+    mutates_args=(),
+    schema=f"({_INPUTS}, {_SETTINGS}) -> (Tensor, Tensor)",
 )
 def gated_attention_triton(
     query: torch.Tensor,
@@ -127,7 +129,10 @@ def _(
     gate: torch.Tensor,
     *_: object,
 ) -> tuple[torch.Tensor, ...]:
-    return (*(empty_like(x) for x in (query, key, value)), torch.empty_like(gate, memory_format=torch.contiguous_format))
+    return (
+        *(empty_like(x) for x in (query, key, value)),
+        torch.empty_like(gate, memory_format=torch.contiguous_format),
+    )
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -289,16 +294,27 @@ class _Heads:
             [grad, call.value],
             [call.value.shape[3], call.block_v, CHUNK, call.counted, call.precision],
         )
-        tensors = [call.query, call.key, call.value, call.gate, grad]
-        between = [grad_counts, grad_weights, *states[:2], *grad_states[:2]]
-        self._launch(
-            gradients_kernel,
-            call.key_blocks,
-            [*tensors, *between, dquery, dkey, dgate],
-            [*tensors, dquery, dkey, dgate],
-            [call.query.shape[3], call.value.shape[3], call.block_k, call.block_v, CHUNK // 2, _LEVELS],
-            [call.scalar, call.both, call.counted, call.query_features, call.key_features, call.precision],
+        shared = [
+            call.query.shape[3],
+            call.value.shape[3],
+            call.block_k,
+            call.block_v,
+            CHUNK // 2,
+            _LEVELS,
+            call.scalar,
+        ]
+        sides = (
+            (call.query, call.key, grad, dquery, states, call.query_features, call.key_features),
+            (call.key, call.query, call.value, dkey, grad_states, call.key_features, call.query_features),
         )
+        for of_key, (own, other, factor, target, ours, *features) in enumerate(sides):
+            self._launch(
+                gradients_kernel,
+                call.key_blocks,
+                [own, other, call.gate, factor, grad_counts, grad_weights, *ours[:2], *grad_states[:2], target, dgate],
+                [own, other, call.gate, factor, target, dgate],
+                [*shared, call.both, bool(of_key), call.counted, *features, call.precision],
+            )
 
     def _launch(
         self, kernel: Any, blocks: int, tensors: list[torch.Tensor], strided: list[torch.Tensor], *constants: list[Any]

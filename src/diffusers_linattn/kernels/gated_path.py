@@ -62,15 +62,15 @@ def load_gate(pointer, token, valid, channel, stride, DIM: tl.constexpr, SCALAR:
 
 
 @triton.jit
-def load_features(
-    pointer, token, valid, channel, stride, DIM: tl.constexpr, FEATURES: tl.constexpr
-):
+def load_features(pointer, token, valid, channel, stride, DIM: tl.constexpr, FEATURES: tl.constexpr):
     """φ of a tile in fp32, 0 where there is no token or channel."""
     x = load_tile(pointer, token, valid, channel, stride, DIM).to(tl.float32)
     if FEATURES == "relu":
         x = tl.where(valid[:, None] & (channel < DIM)[None, :], tl.maximum(x, 0.0) + _EPS, 0.0)
     elif FEATURES == "elu":
-        x = tl.where(valid[:, None] & (channel < DIM)[None, :], tl.where(x > 0, x + 1, tl.exp(tl.minimum(x, 0.0))), 0.0)
+        x = tl.where(
+            valid[:, None] & (channel < DIM)[None, :], tl.where(x > 0, x + 1, tl.exp(tl.minimum(x, 0.0))), 0.0
+        )
     return x
 
 
@@ -162,7 +162,17 @@ def load_count(counts, direction, slot, chunks, chunk, channel, KEY_DIM: tl.cons
 
 @triton.jit
 def gates_towards(
-    gate, run, to_right, length, inner, outer, backward, channel, stride, DIM: tl.constexpr, SCALAR: tl.constexpr,
+    gate,
+    run,
+    to_right,
+    length,
+    inner,
+    outer,
+    backward,
+    channel,
+    stride,
+    DIM: tl.constexpr,
+    SCALAR: tl.constexpr,
     SIZE: tl.constexpr,
 ):
     """Sums of the gates between each token of a run and its right end, or left end: (S, W), and of all of them, (W,)."""

@@ -102,7 +102,17 @@ def weights_kernel(
         # The other half of the chunk, through the border between them.
         k = load_features(key, far_token, far_valid, channel, stride_kn, KEY_DIM, KEY_FEATURES)
         decay, far_total = gates_towards(
-            gate, 2 * chunk + 1 - half, is_right, length, inner, outer, backward, channel, stride_gn, GATE_DIM, SCALAR,
+            gate,
+            2 * chunk + 1 - half,
+            is_right,
+            length,
+            inner,
+            outer,
+            backward,
+            channel,
+            stride_gn,
+            GATE_DIM,
+            SCALAR,
             HALF,
         )
         rows = (q * tl.exp(tl.where(is_right, before, after) + g)).to(dtype)
