@@ -244,9 +244,9 @@ class _Heads:
         self._launch(
             weights_kernel,
             2,
-            [call.query, call.key, call.gate, states[1], weights, totals if counted else weights],
+            [call.query, call.key, call.gate, states[1], weights, weights if totals is None else totals],
             [call.query, call.key, call.gate],
-            [call.query.shape[3], call.block_k, CHUNK // 2, _LEVELS, call.scalar, call.both, counted],
+            [call.query.shape[3], call.block_k, CHUNK // 2, _levels(), call.scalar, call.both, counted],
             [call.query_features, call.key_features, call.precision],
         )
         return weights
@@ -300,7 +300,7 @@ class _Heads:
             call.block_k,
             call.block_v,
             CHUNK // 2,
-            _LEVELS,
+            _levels(),
             call.scalar,
         ]
         sides = (
@@ -331,7 +331,9 @@ class _Heads:
             kernel[grid](*arguments, num_warps=self.call.warps, num_stages=1, enable_fp_fusion=True)
 
 
-_LEVELS = (CHUNK // 2).bit_length() - 1
+def _levels() -> int:
+    """How often half a chunk is cut into halves."""
+    return (CHUNK // 2).bit_length() - 1
 
 
 def block_sizes(key_dim: int, value_dim: int, dtype: torch.dtype) -> tuple[int, int, int]:

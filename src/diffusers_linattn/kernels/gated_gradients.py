@@ -156,7 +156,7 @@ def gradients_kernel(
         y = load_features(other, token, valid, channel, stride_yn, KEY_DIM, OTHER_FEATURES)
         g = load_gate(gate, token, valid, channel, stride_gn, GATE_DIM, SCALAR)
 
-        # Pairs inside this half. `from_here` is summed from each token on, `up_to_here` up to it: the gates' gradients.
+        # Pairs inside this half. For the gates, `from_here` is summed from each token on, `up_to_here` up to it.
         near = grad_weights + half * (2 * HALF + 1) * HALF
         dw = tl.load(near + (column * 2 * HALF + row if OF_KEY else row * 2 * HALF + column))
         dx = tl.load(near + tl.arange(0, HALF) * (2 * HALF + 1)).to(tl.float32)[:, None] * y

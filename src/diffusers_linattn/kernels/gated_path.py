@@ -1,7 +1,7 @@
 """What the kernels of gated linear attention share: where the tokens of a chunk lie, features, and sums of gates.
 
-Letters: S tokens of a run, in the order of the path; W gates per token that a program works on, or 1 where all channels
-share one.
+Letters: S tokens of a run, in the order of the path; W gates per token that a program works on, or 1 where all
+channels share one.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ _LOWEST_GATE = tl.constexpr(-1e4)  # exp of it is 0, and sums of it stay finite
 def run_tokens(run, length, inner, outer, backward, SIZE: tl.constexpr, SHIFT: tl.constexpr):
     """The tokens of the path's run of SIZE tokens (a chunk, or half of one), (SIZE,) int64, and which of them exist.
 
-    With `SHIFT`, those that many steps on inside the run. The path goes through planes of inner x outer tokens: `outer`
-    tokens apart for `inner` steps, then on from the next token of the plane's first row. inner = 1 is the raster order.
-    `backward` is 0 or 1.
+    With `SHIFT`, those that many steps on inside the run. The path goes through planes of inner x outer tokens:
+    `outer` tokens apart for `inner` steps, then on from the next token of the plane's first row. inner = 1 is the
+    raster order. `backward` is 0 or 1.
     """
     step = tl.arange(0, SIZE) + SHIFT
     position = run * SIZE + step
@@ -175,7 +175,7 @@ def gates_towards(
     SCALAR: tl.constexpr,
     SIZE: tl.constexpr,
 ):
-    """Sums of the gates between each token of a run and its right end, or left end: (S, W), and of all of them, (W,)."""
+    """Sums of the gates from behind each token of a run to its right (or left) end, (S, W), and of all, (W,)."""
     token, valid = run_tokens(run, length, inner, outer, backward, SIZE, 1)
     after = tl.cumsum(load_gate(gate, token, valid, channel, stride, DIM, SCALAR), 0, reverse=True)
     token, valid = run_tokens(run, length, inner, outer, backward, SIZE, -1)

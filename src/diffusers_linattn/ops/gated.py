@@ -14,7 +14,7 @@ from diffusers_linattn.ops.checks import check_attention_inputs, check_choice, r
 from diffusers_linattn.ops.features import FeatureMapArgument, full_precision, resolve_feature_map
 from diffusers_linattn.ops.gated_choice import choose_impl, why_not_triton
 from diffusers_linattn.ops.gated_chunked import DIRECTIONS, ORDERS, describe_path, gated_scan, scan_path
-from diffusers_linattn.ops.gated_fla import fla_scan
+from diffusers_linattn.ops.gated_fla import fla_scan, load_chunk_gla
 from diffusers_linattn.ops.linear import blend_with_text, with_text_queries
 from diffusers_linattn.ops.masks import reduce_to_key_mask, take
 
@@ -183,7 +183,7 @@ def _sum_over_grids(
             if normalize:
                 v = torch.cat([v, torch.ones_like(v[..., :1])], -1)  # a value of 1 adds up the weights
             if impl == "fla":
-                output = full_precision(fla_scan(q.to(v.dtype), k.to(v.dtype), v, g, *settings))
+                output = full_precision(fla_scan(load_chunk_gla(), q.to(v.dtype), k.to(v.dtype), v, g, *settings))
             else:  # which leaves out the token itself
                 output = gated_scan(q, k, v, g, *settings) + (q * k).sum(-1, keepdim=True) * v
             output, count = output[..., : value.shape[-1]], output[..., value.shape[-1] :]

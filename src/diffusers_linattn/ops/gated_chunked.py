@@ -1,4 +1,6 @@
-"""The scan of gated linear attention in chunks, forward and backward, as one custom operator; the arithmetic is in `gated_slabs`.
+"""The scan of gated linear attention in chunks, forward and backward, as one custom operator.
+
+The arithmetic is in `gated_slabs`.
 
 Letters: B batch, H heads, L tokens of one scan, K features, V value columns, C tokens per chunk; S = 1 or 2 directions
 times B times H. A state is the (K, V) matrix of the recurrence `S_t = diag(exp(g_t)) S_{t-1} + k_t v_tᵀ`.

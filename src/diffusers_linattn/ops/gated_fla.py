@@ -14,7 +14,11 @@ import torch
 from diffusers_linattn.ops.gated_chunked import describe_path
 
 
+Scan = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+
+
 def fla_scan(
+    chunk_gla: Scan,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -22,11 +26,11 @@ def fla_scan(
     grid: tuple[int, int, int],
     both: bool,
     path: int,
-    chunk_gla: Callable[..., tuple[torch.Tensor, torch.Tensor | None]] | None = None,
 ) -> torch.Tensor:
     """Weights times values over the scan of one grid, the token itself included: (B, H, L, V) in the value's dtype.
 
     Args:
+        chunk_gla: `fla.ops.gla.chunk_gla`, what scans one way.
         query: (B, H, L, K), tokens in raster order, like all of them.
         key: (B, H, L, K).
         value: (B, H, L, V).
@@ -34,12 +38,7 @@ def fla_scan(
         grid: (frames, height, width) with L tokens.
         both: Add the scans both ways.
         path: What [`scan_path`] gives.
-        chunk_gla: What scans one way; by default `fla.ops.gla.chunk_gla`.
-
-    Raises:
-        ValueError: fla-core is not installed.
     """
-    scan = load_chunk_gla() if chunk_gla is None else chunk_gla
     direction, order = describe_path(path, both)
     tokens = torch.arange(query.shape[2], device=query.device).reshape(grid)
     tokens = (tokens if order == "rows" else tokens.transpose(1, 2)).reshape(-1)
@@ -47,15 +46,15 @@ def fla_scan(
     output = torch.zeros_like(inputs[2])
     for name, visited in (("forward", tokens), ("backward", tokens.flip(0))):
         if direction in (name, "bidirectional"):
-            scanned, _ = scan(*(x[:, visited] for x in inputs), scale=1.0)
+            scanned, _ = chunk_gla(*(x[:, visited] for x in inputs), scale=1.0)
             output = output.index_add(1, visited, scanned.to(output.dtype))
     if both:  # each of the two counts the token itself
         output = output - ((inputs[0] * inputs[1]).sum(-1, keepdim=True) * inputs[2]).to(output.dtype)
     return output.transpose(1, 2)
 
 
-def load_chunk_gla() -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
-    """fla-core's scan of (B, L, H, K) tensors."""
+def load_chunk_gla() -> Scan:
+    """fla-core's scan of (B, L, H, K) tensors; a ValueError where it is not installed."""
     try:
         from fla.ops.gla import chunk_gla
     except ImportError as error:

@@ -3,9 +3,10 @@
 Letters: S scans, n chunks, C tokens per chunk, K features, V value columns.
 
 Gates per feature: inside a chunk the lower triangle of weights is cut into halves: the second half of a block of 2s
-tokens looks at the first, then both halves are cut again, down to single tokens. Between a row i of the second half and
-a key j of the first, the decay factors at the middle of the block into exp(g summed over the rows up to i) times exp(g
-summed over the keys after j). Every exponent is a sum of gates, hence ≤ 0, and never a difference of two large sums.
+tokens looks at the first, then both halves are cut again, down to single tokens. Between a row i of the second half
+and a key j of the first, the decay factors at the middle of the block into exp(g summed over the rows up to i) times
+exp(g summed over the keys after j). Every exponent is a sum of gates, hence ≤ 0, and never a difference of two large
+sums.
 
 One gate for all features: the decay of a pair is a number, and the whole triangle one product of matrices.
 """
