@@ -24,7 +24,7 @@ from diffusers import FluxTransformer2DModel
 from diffusers_linattn import ClearProcessor, linearize, restore, status
 
 import windowed_methods as methods
-from gpu_windowed import environment, write
+from gpu_timing import environment, write
 
 
 SIZES = {64: "1K", 128: "2K", 256: "4K", 512: "8K"}

@@ -1,0 +1,81 @@
+"""What the GPU benchmarks share: timing of several methods in turn, memory, environment and the file of results."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def measure(runs: dict[str, Callable[[], Any]], device: str, seconds: float) -> dict[str, float | str]:
+    """Median milliseconds of each, taking turns; what fails has its error instead."""
+    times: dict[str, list[float]] = {}
+    failed: dict[str, float | str] = {}
+    start = time.perf_counter()
+    for turn in range(20):
+        for name, run in runs.items():
+            if name in failed:
+                continue
+            try:
+                elapsed = _time(run, device)
+            except (RuntimeError, ValueError, NotImplementedError) as error:
+                failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
+                continue
+            if turn:  # the first compiles
+                times.setdefault(name, []).append(elapsed)
+        if turn >= 3 and time.perf_counter() - start > seconds:
+            break
+    return {name: round(statistics.median(values), 4) for name, values in times.items()} | failed
+
+
+def _time(run: Callable[[], Any], device: str) -> float:
+    if device != "cuda":
+        start = time.perf_counter()
+        run()
+        return 1e3 * (time.perf_counter() - start)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    begin.record()
+    run()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end)
+
+
+def extra_megabytes(run: Callable[[], Any], device: str) -> float | None:
+    """Peak memory of a pass beyond its inputs and results."""
+    if device != "cuda":
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = run()
+    torch.cuda.synchronize()
+    kept = torch.cuda.memory_allocated() - before
+    del result
+    return round((torch.cuda.max_memory_allocated() - before - kept) / 2**20, 1)
+
+
+def environment(device: str) -> dict[str, Any]:
+    import triton
+
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "cpu",
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def write(name: str, folder: Path, report: dict[str, Any]) -> None:
+    folder.mkdir(exist_ok=True)
+    device = report["environment"]["device"].lower().replace(" ", "-")
+    (folder / f"{name}-{device}.json").write_text(json.dumps(report, indent=2) + "\n")
