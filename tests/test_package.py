@@ -46,7 +46,11 @@ LAYERS = [
 def modules() -> list[ModuleType]:
     names = [info.name for info in pkgutil.walk_packages([str(SOURCE)], "diffusers_linattn.")]
     if importlib.util.find_spec("triton") is None:
-        names = [name for name in names if not re.search(r"kernels\.(local_attention_|tile_addressing)", name)]
+        names = [
+            name
+            for name in names
+            if not re.search(r"kernels\.(gated_(?!attention)|local_attention_|tile_addressing)", name)
+        ]
     return [importlib.import_module(name) for name in ["diffusers_linattn", *names]]
 
 

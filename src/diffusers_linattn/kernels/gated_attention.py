@@ -20,10 +20,15 @@ from diffusers_linattn.ops.gated_chunked import describe_path
 
 
 CHUNK = 64
+# Features and value columns that a program works on at a time: more need too many registers.
+BLOCK_K, BLOCK_V = 16, 32
+# Kernels of this kind with four gave wrong results on Hopper with Triton 3.4 to 3.7; with two, products are those of
+# `mma.sync`.
+WARPS = 2
+SCAN = (256, 4)  # elements of a state that a program follows, and chunks that it loads at a time
 MAX_DIM = 256
 IN_KERNEL_FEATURES = ("none", "relu", "elu")
 
-_SCANNED = 256  # elements of a state that one program follows from chunk to chunk
 # Bytes of memory for states per launch: heads beyond it wait for the next one.
 _WORKSPACE = 2**30
 
@@ -177,9 +182,7 @@ class _Call:
         # fp16 has neither the range of a state nor that of a gradient divided by a denominator: it takes tf32.
         self.dtype = torch.bfloat16 if value.dtype == torch.bfloat16 else torch.float32
         self.precision = "tf32" if value.dtype == torch.float16 else fp32_precision(query.device)
-        self.block_k, self.block_v, self.warps = block_sizes(query.shape[3], value.shape[3], self.dtype)
-        self.key_blocks = -(-query.shape[3] // self.block_k)
-        self.value_blocks = -(-value.shape[3] // self.block_v)
+        self.key_blocks, self.value_blocks = -(-query.shape[3] // BLOCK_K), -(-value.shape[3] // BLOCK_V)
 
     def empty_counts(self) -> torch.Tensor:
         return self.query.new_empty(self.query.shape[:3] if self.counted else (0,), dtype=torch.float32)
@@ -223,15 +226,15 @@ class _Heads:
             call.key_blocks * call.value_blocks,
             [key, value, call.gate, counts if weight is None else weight, states, counts, decays],
             [key, value, call.gate],
-            [key_dim, value_dim, call.block_k, call.block_v, CHUNK, call.scalar, call.both],
+            [key_dim, value_dim, BLOCK_K, BLOCK_V, CHUNK, call.scalar, call.both],
             [gradient, call.counted, features, call.precision],
         )
         left = int(gradient and not call.both)
         for x in (states, counts):
             if x.numel():
                 columns = value_dim if x is states else 1
-                grid = (-(-key_dim * columns // _SCANNED), self.number, 1 + call.both)
-                self._run(scan_kernel, grid, x, decays, call.chunks, left, key_dim, columns, call.scalar, _SCANNED, 4)
+                grid = (-(-key_dim * columns // SCAN[0]), self.number, 1 + call.both)
+                self._run(scan_kernel, grid, x, decays, call.chunks, left, key_dim, columns, call.scalar, *SCAN)
         return states, counts, decays
 
     def weights(self, states: States, totals: torch.Tensor | None) -> torch.Tensor:
@@ -246,7 +249,7 @@ class _Heads:
             2,
             [call.query, call.key, call.gate, states[1], weights, weights if totals is None else totals],
             [call.query, call.key, call.gate],
-            [call.query.shape[3], call.block_k, CHUNK // 2, _levels(), call.scalar, call.both, counted],
+            [call.query.shape[3], BLOCK_K, CHUNK // 2, _levels(), call.scalar, call.both, counted],
             [call.query_features, call.key_features, call.precision],
         )
         return weights
@@ -269,7 +272,7 @@ class _Heads:
             call.value_blocks,
             [query, value, call.gate, weights, states[0], out],
             [query, value, call.gate, out],
-            [query.shape[3], value.shape[3], call.block_k, call.block_v, CHUNK, call.scalar, call.both],
+            [query.shape[3], value.shape[3], BLOCK_K, BLOCK_V, CHUNK, call.scalar, call.both],
             [gradient, features, call.precision],
         )
 
@@ -292,13 +295,13 @@ class _Heads:
             1,
             [grad, call.value, grad_counts, grad_weights],
             [grad, call.value],
-            [call.value.shape[3], call.block_v, CHUNK, call.counted, call.precision],
+            [call.value.shape[3], BLOCK_V, CHUNK, call.counted, call.precision],
         )
         shared = [
             call.query.shape[3],
             call.value.shape[3],
-            call.block_k,
-            call.block_v,
+            BLOCK_K,
+            BLOCK_V,
             CHUNK // 2,
             _levels(),
             call.scalar,
@@ -328,18 +331,9 @@ class _Heads:
         device = self.call.query.device
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             # Triton 3.10 turns the fusion of products and sums off unless asked for.
-            kernel[grid](*arguments, num_warps=self.call.warps, num_stages=1, enable_fp_fusion=True)
+            kernel[grid](*arguments, num_warps=WARPS, num_stages=1, enable_fp_fusion=True)
 
 
 def _levels() -> int:
     """How often half a chunk is cut into halves."""
     return (CHUNK // 2).bit_length() - 1
-
-
-def block_sizes(key_dim: int, value_dim: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Features and value columns that a program works on at a time, and its warps.
-
-    Two warps, because kernels of this kind with four gave wrong results on Hopper with Triton 3.4 to 3.7: with fewer
-    than four, products are those of `mma.sync`.
-    """
-    return 16, 32, 2
