@@ -4,9 +4,8 @@ Letters: S scans, n chunks, C tokens per chunk, K features, V value columns.
 
 Gates per feature: inside a chunk the lower triangle of weights is cut into halves: the second half of a block of 2s
 tokens looks at the first, then both halves are cut again, down to single tokens. Between a row i of the second half
-and a key j of the first, the decay factors at the middle of the block into exp(g summed over the rows up to i) times
-exp(g summed over the keys after j). Every exponent is a sum of gates, hence ≤ 0, and never a difference of two large
-sums.
+and a key j of the first, the decay factors at the middle of the block into that from there to i and that from j to
+there: products of numbers that are at most 1, never a quotient.
 
 One gate for all features: the decay of a pair is a number, and the whole triangle one product of matrices.
 """
@@ -28,17 +27,17 @@ def scan_slab(
     """
     if g.shape[-1] == 1:
         output = (q @ k.transpose(-1, -2)).mul_(_pair_decays(g)) @ v
-        before, after = _sums_around(g)
+        before, after = _decays_around(g)
     else:
         output = torch.zeros_like(v)
         for size, before, after in _halves(g):
             if size == g.shape[2]:
                 break
-            rows = _split(q, size)[1] * _split(before, size)[1].exp()
-            keys = _split(k, size)[0] * _split(after, size)[0].exp()
+            rows = _split(q, size)[1] * _split(before, size)[1]
+            keys = _split(k, size)[0] * _split(after, size)[0]
             _split(output, size)[1].add_(rows @ keys.transpose(-1, -2) @ _split(v, size)[0])
-    states, state = _states(k * after.exp(), v, before[:, :, -1].exp(), state)
-    output += q * before.exp() @ states
+    states, state = _states(k * after, v, before[:, :, -1], state)
+    output += q * before @ states
     return output, state
 
 
@@ -54,13 +53,13 @@ def scan_slab_backward(
     """Gradients of the four inputs of [`scan_slab`] and of the state that it is entered with."""
     if g.shape[-1] == 1:
         dq, dk, dv, dg = _pairs_backward(q, k, v, g, grad)
-        before, after = _sums_around(g)
+        before, after = _decays_around(g)
     else:
         dq, dk, dv, dg = (torch.zeros_like(x) for x in (q, k, v, g))
         for size, before, after in _halves(g):
             if size == g.shape[2]:
                 break
-            row_decay, key_decay = _split(before, size)[1].exp(), _split(after, size)[0].exp()
+            row_decay, key_decay = _split(before, size)[1], _split(after, size)[0]
             rows, keys = _split(q, size)[1] * row_decay, _split(k, size)[0] * key_decay
             row_grad = _split(grad, size)[1]
             d_weights = row_grad @ _split(v, size)[0].transpose(-1, -2)
@@ -71,8 +70,7 @@ def scan_slab_backward(
             _split(dg, size)[1].add_(_sum_from(d_rows * rows))
             _split(dg, size)[0].add_(_sum_before(d_keys * keys))
 
-    row_decay, key_decay, decay = before.exp(), after.exp(), before[:, :, -1].exp()
-    rows, keys = q * row_decay, k * key_decay
+    decay, rows, keys = before[:, :, -1], q * before, k * after
     states, _ = _states(keys, v, decay, state)
     d_rows = grad @ states.transpose(-1, -2)
     d_states = rows.transpose(-1, -2) @ grad
@@ -82,8 +80,8 @@ def scan_slab_backward(
         d_state = preceding
     d_keys = v @ d_states.transpose(-1, -2)
     dv += keys @ d_states
-    dq.addcmul_(d_rows, row_decay)
-    dk.addcmul_(d_keys, key_decay)
+    dq.addcmul_(d_rows, before)
+    dk.addcmul_(d_keys, after)
     d_before, d_after = d_rows.mul_(rows), d_keys.mul_(keys)
     d_decay = (states.mul_(d_states).sum(-1) * decay)[:, :, None]
     if g.shape[-1] == 1:
@@ -111,9 +109,9 @@ def _pairs_backward(
     return d_weights @ k, d_weights.transpose(-1, -2) @ q, weights.transpose(-1, -2) @ grad, dg
 
 
-def _sums_around(g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What [`_halves`] ends with: the gates of a chunk summed up to each token, and behind it."""
-    return g.cumsum(-2), _sum_from(F.pad(g[:, :, 1:], (0, 0, 0, 1)))
+def _decays_around(g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What [`_halves`] ends with: the decay from a chunk's start to each token, and from it to the end."""
+    return g.cumsum(-2).exp_(), _sum_from(F.pad(g[:, :, 1:], (0, 0, 0, 1))).exp_()
 
 
 def _states(
@@ -129,12 +127,13 @@ def _states(
 
 
 def _halves(gate: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """For s = 1, 2, 4 … CHUNK: s and the gates of (S, n, C, K) summed inside blocks of s tokens.
+    """For blocks of 1, 2, 4, … C tokens: the decay, (S, n, C, K), around each token inside its block.
 
-    The first sum runs from the start of the block to the token (what a row passes), the second from behind the token
-    to the end of the block (what a key passes). The tensors are overwritten by the next step.
+    The first runs from the start of the block to the token (what a row passes), the second from behind the token to
+    the end of the block (what a key passes): products of one exp per token. The tensors are overwritten by the
+    next step.
     """
-    before, after = gate.clone(), torch.zeros_like(gate)
+    before, after = gate.exp(), torch.ones_like(gate)
     size = 1
     while True:
         yield size, before, after
@@ -142,8 +141,8 @@ def _halves(gate: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, torch.Tenso
             return
         first_before, second_before = _split(before, size)
         first_after, _ = _split(after, size)
-        first_after += second_before[:, -1:]
-        second_before += first_before[:, -1:]
+        first_after *= second_before[:, -1:]
+        second_before *= first_before[:, -1:]
         size *= 2
 
 
