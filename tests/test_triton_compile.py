@@ -47,11 +47,11 @@ def test_variants_fit(flags: dict[str, bool]) -> None:
 @pytest.mark.parametrize("chip", compile_kernels.CHIPS, ids=str)
 @pytest.mark.parametrize(("head_dim", "dtype"), [(128, torch.bfloat16), (64, torch.float16)], ids=str)
 def test_gated_kernels_fit(chip: int, head_dim: int, dtype: torch.dtype) -> None:
+    # The five levels of a half, unrolled, keep more than the registers hold: some words per thread in local memory.
+    spills = {"query gradient": 128, "key gradient": 64, "weights": 48, "output": 8}
     for name in compile_gated_kernels.LAUNCHES:
         result = compile_gated_kernels.compile_launch(name, head_dim, dtype, chip)
-        # The halves of a chunk follow one another in a loop that keeps a few words in local memory.
-        allowed = 160 if name in ("query gradient", "key gradient") else 0
-        assert result.loop_spills == 0, f"{name}: {result}"
-        assert result.spills <= allowed, f"{name}: {result}"
+        assert result.spills <= spills.get(name, 0), f"{name}: {result}"
+        assert result.loop_spills <= 16, f"{name}: {result}"
         assert result.shared <= compile_kernels.CHIPS[chip], f"{name}: {result}"
         assert result.products in ("mma.sync", "none"), f"{name}: {result}"
