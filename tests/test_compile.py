@@ -54,6 +54,7 @@ def stock_graphs() -> int:
         ClearProcessor(window=2, down_factor=2),
         LinearProcessor(),
         GLAProcessor(),
+        GLAProcessor(gates="scalar"),
         HybridProcessor(window=2),
     ],
     ids=lambda processor: f"{type(processor).__name__}-{getattr(processor, 'down_factor', 1)}",

@@ -42,6 +42,7 @@ MECHANISMS = {
     "linear hedgehog": LinearProcessor(feature_map="hedgehog"),
     "gla": GLAProcessor(),
     "gla alternate": GLAProcessor(direction="alternate", input_conv=True),
+    "gla, a gate per head": GLAProcessor(gates="scalar"),
     "hybrid": HybridProcessor(window=2),
 }
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+
 import pytest
 import torch
 from test_linear_attention import assert_as_accurate, make_inputs, seen_keys, with_gradients
@@ -10,6 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from diffusers_linattn.layout import TokenLayout
 from diffusers_linattn.ops import gated_chunked, reference
 from diffusers_linattn.ops.gated import gated_linear_attention
+from diffusers_linattn.ops.gated_fla import fla_scan
 from diffusers_linattn.ops.linear import linear_attention
 
 
@@ -46,15 +50,16 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def make_gated_inputs(layout, dtype=torch.float32, strength=0.5, **kwargs):
+def make_gated_inputs(layout, dtype=torch.float32, strength=0.5, per_head=False, **kwargs):
     query, key, value = make_inputs(layout, dtype, **kwargs)
-    return [query, key, value, (-torch.rand(key.shape) * strength).to(dtype)]
+    channels = 1 if per_head else key.shape[3]
+    return [query, key, value, (-torch.rand(*key.shape[:3], channels) * strength).to(dtype)]
 
 
 def spec(layout, feature_map="relu", **kwargs):
     features = reference.FEATURE_MAPS[feature_map] if feature_map else lambda x: x
     return lambda q, k, v, g: reference.gated_linear_attention(
-        q, k, v, g, layout, query_features=features, key_features=features, **kwargs
+        q, k, v, g.expand_as(k), layout, query_features=features, key_features=features, **kwargs
     )
 
 
@@ -88,10 +93,21 @@ def test_slabs_and_chunks_of_any_size(chunk, direction, monkeypatch):
 
 
 @by_direction
+@pytest.mark.parametrize("name", ["one token", "several chunks", "video", "77 text first", "references and padding"])
+def test_one_gate_per_head(name, direction):
+    layout = LAYOUTS[name]
+    options = {"direction": direction, "order": "columns"}
+    inputs = make_gated_inputs(layout, per_head=True)
+    assert_as_accurate(ours(layout, **options), spec(layout, **options), inputs)
+    assert_as_accurate(ours(layout, impl="reference", **options), spec(layout, **options), inputs)
+
+
+@by_direction
+@pytest.mark.parametrize("per_head", [False, True], ids=["per channel", "per head"])
 @pytest.mark.parametrize("strength", [1.0, 20.0, 1e4])
-def test_strong_gates(strength, direction):
+def test_strong_gates(strength, per_head, direction):
     layout = LAYOUTS["several chunks"]
-    inputs = make_gated_inputs(layout, strength=strength)
+    inputs = make_gated_inputs(layout, strength=strength, per_head=per_head)
     inputs[3][:, :, ::3] *= 1e-3  # weak gates next to strong ones: differences of long sums would lose them
     options = {"direction": direction, "feature_map": "elu"}
     assert_as_accurate(ours(layout, **options), spec(layout, **options), inputs)
@@ -100,9 +116,10 @@ def test_strong_gates(strength, direction):
 
 
 @by_direction
-def test_gates_of_minus_infinity(direction):
+@pytest.mark.parametrize("per_head", [False, True], ids=["per channel", "per head"])
+def test_gates_of_minus_infinity(direction, per_head):
     layout = LAYOUTS["odd grid"]
-    inputs = make_gated_inputs(layout)
+    inputs = make_gated_inputs(layout, per_head=per_head)
     inputs[3][:, :, ::4] = float("-inf")
     output, *gradients = with_gradients(ours(layout, direction=direction), inputs, torch.float32)
     assert all(gradient.isfinite().all() for gradient in gradients)
@@ -268,9 +285,10 @@ def path_of(direction, order):
 
 
 @by_direction
-@pytest.mark.parametrize("order", gated_chunked.ORDERS)
-def test_custom_operators(direction, order):
-    query, key, value, gate = (x.requires_grad_() for x in make_gated_inputs(TokenLayout.image((1, 4, 9)), dim=4))
+@pytest.mark.parametrize(("order", "per_head"), [("rows", False), ("columns", False), ("rows", True)])
+def test_custom_operators(direction, order, per_head):
+    inputs = make_gated_inputs(TokenLayout.image((1, 4, 9)), dim=4, per_head=per_head)
+    query, key, value, gate = (x.requires_grad_() for x in inputs)
     path = path_of(direction, order)
     torch.library.opcheck(gated_chunked._gated_scan, (query, key, value[..., :3], gate, *path))
     output, starts = gated_chunked._gated_scan(query, key, value, gate, *path)
@@ -279,15 +297,59 @@ def test_custom_operators(direction, order):
 
 
 @by_direction
-@pytest.mark.parametrize("order", gated_chunked.ORDERS)
-def test_scan_gradients(direction, order):
-    inputs = [x.requires_grad_() for x in make_gated_inputs(TokenLayout.image((1, 4, 9)), torch.float64, dim=2)]
+@pytest.mark.parametrize(("order", "per_head"), [("rows", False), ("columns", False), ("rows", True)])
+def test_scan_gradients(direction, order, per_head):
+    inputs = make_gated_inputs(TokenLayout.image((1, 4, 9)), torch.float64, dim=2, per_head=per_head)
+    inputs = [x.requires_grad_() for x in inputs]
     height, width, both, path = path_of(direction, order)
 
     def scan(*x):
         return gated_chunked.gated_scan(*x, (1, height, width), both, path)
 
     assert torch.autograd.gradcheck(scan, inputs, fast_mode=True)
+
+
+def recurrence(query, key, value, gate, scale):
+    """What `fla.ops.gla.chunk_gla` computes, (batch, tokens, heads, channels), one token at a time."""
+    state, outputs = 0, []
+    for t in range(query.shape[1]):
+        state = gate[:, t, :, :, None].exp() * state + key[:, t, :, :, None] * value[:, t, :, None]
+        outputs.append(scale * torch.einsum("bhk,bhkv->bhv", query[:, t], state))
+    return torch.stack(outputs, 1), None
+
+
+@by_direction
+@by_order
+@pytest.mark.parametrize("per_head", [False, True], ids=["per channel", "per head"])
+def test_fla_scans_the_same_path(direction, order, per_head):
+    """All but fla's kernel itself, which runs on a GPU only."""
+    layout, grid = LAYOUTS["video"], LAYOUTS["video"].grids[0].grid
+    inputs = [x.requires_grad_() for x in make_gated_inputs(layout, torch.float64, per_head=per_head)]
+    path = gated_chunked.scan_path(direction, order)
+    output = 0.25 * fla_scan(recurrence, *inputs, grid, direction == "bidirectional", path)
+    options = {"direction": direction, "order": order, "feature_map": None, "normalize": False, "scale": 0.25}
+    expected = gated_linear_attention(*inputs, layout, **options)
+    torch.testing.assert_close(output, expected)
+    for a, b in zip(*(torch.autograd.grad(x.square().sum(), inputs) for x in (output, expected)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("fla") is not None, reason="fla-core is installed")
+def test_fla_is_asked_for_where_it_is_missing():
+    layout = LAYOUTS["odd grid"]
+    with pytest.raises(ValueError, match=r"pip install 'diffusers-linattn\[fla\]'"):
+        gated_linear_attention(*make_gated_inputs(layout), layout, impl="fla")
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter answers")
+def test_triton_by_name_never_falls_back():
+    layout = LAYOUTS["odd grid"]
+    with pytest.raises(ValueError, match="impl='triton' cannot answer this call"):
+        gated_linear_attention(*make_gated_inputs(layout), layout, impl="triton")
+    with pytest.raises(ValueError, match="bf16, fp16 and fp32, but got torch.float64"):
+        gated_linear_attention(*make_gated_inputs(layout, torch.float64), layout, impl="triton")
+    with pytest.raises(ValueError, match="at most 256, but got 300"):
+        gated_linear_attention(*make_gated_inputs(layout, dim=300), layout, impl="triton")
 
 
 @by_direction
@@ -325,7 +387,11 @@ def test_does_not_compile_once_per_size(given, order):
 @pytest.mark.parametrize(
     ("name", "arguments", "match"),
     [
-        ("odd grid", {"impl": "torch"}, "Unknown impl 'torch': expected one of None, 'chunked', 'reference'"),
+        (
+            "odd grid",
+            {"impl": "torch"},
+            "Unknown impl 'torch': expected one of None, 'triton', 'chunked', 'fla', 'reference'",
+        ),
         ("odd grid", {"direction": "alternate"}, "'forward', 'backward', 'bidirectional'"),
         ("odd grid", {"order": "diagonal"}, "'rows', 'columns'"),
         ("odd grid", {"feature_map": "gelu"}, "Unknown feature_map 'gelu'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import pytest
@@ -211,6 +212,72 @@ def test_kernel_compiles_whole_for_all_sizes() -> None:
     assert counter.frame_count <= 2
 
 
+def gated_results(impl: str, kind: torch.dtype, inputs: list, layout: TokenLayout, **kwargs: Any) -> list:
+    """Output and gradients of query, key, value and gate."""
+    leaves = [x.to(kind).requires_grad_() for x in inputs]
+    output = gated_linear_attention(*leaves, layout, impl=impl, **kwargs)
+    weight = torch.linspace(-1, 1, output.numel(), device="cuda").reshape(output.shape).to(kind)
+    return [output.detach(), *torch.autograd.grad((output * weight).sum(), leaves)]
+
+
+@pytest.mark.parametrize("per_head", [False, True], ids=["per channel", "per head"])
+@pytest.mark.parametrize(
+    ("dim", "dtype"),
+    [(dim, torch.bfloat16) for dim in (16, 40, 64, 128, 256)]
+    + [(64, torch.float16), (64, torch.float32), (128, torch.float32)],
+    ids=str,
+)
+def test_gated_kernels(dim: int, dtype: torch.dtype, per_head: bool) -> None:
+    """Against fp64, with memory that held NaN; the error may be twice that of the reference in the same dtype."""
+    for seed, (layout, options) in enumerate(
+        [
+            (LAYOUTS["33x17, text 5"], {"order": "columns"}),
+            (LAYOUTS["video 3x9x11"], {"direction": "backward", "feature_map": "elu"}),
+            (LAYOUTS["reference"], {}),
+            (TokenLayout.image((1, 12, 15)), {"direction": "forward", "feature_map": None, "normalize": False}),
+        ]
+    ):
+        torch.manual_seed(seed)
+        inputs = [torch.randn(2, layout.length, 3, dim, dtype=dtype, device="cuda").transpose(1, 2) for _ in range(3)]
+        inputs.append(-torch.rand(2, 3, layout.length, 1 if per_head else dim, device="cuda").to(dtype))
+        inputs[3][:, :, ::7] = -1e4
+        torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+        try:
+            ours = gated_results("triton", dtype, inputs, layout, **options)
+            again = gated_results("triton", dtype, inputs, layout, **options)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        same = gated_results("reference", dtype, inputs, layout, **options)
+        exact = gated_results("reference", torch.float64, inputs, layout, **options)
+        for a, b, s, e in zip(ours, again, same, exact, strict=True):
+            assert torch.equal(a, b)
+            # The reference computes sums in fp32 whatever comes in; the kernels round weights and states to bf16.
+            error, allowed = (a.double() - e).abs().max(), 2 * (s.double() - e).abs().max()
+            floor = 2 * torch.finfo(dtype).eps if dtype == torch.bfloat16 else 1e-5
+            assert error <= allowed + floor * e.abs().max().clamp_min(1e-3), f"{error:.1e}, allowed {allowed:.1e}"
+
+
+def test_gated_heads_in_several_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = LAYOUTS["33x17, text 5"]
+    inputs = [torch.randn(2, 3, layout.length, 64, device="cuda") for _ in range(3)]
+    inputs.append(-torch.rand_like(inputs[0]))
+    expected = gated_results("triton", torch.float32, inputs, layout)
+    monkeypatch.setattr("diffusers_linattn.kernels.gated_attention._WORKSPACE", 2**20)
+    for a, b in zip(gated_results("triton", torch.float32, inputs, layout), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("fla") is None, reason="needs fla-core")
+@pytest.mark.parametrize("direction", ["bidirectional", "forward", "backward"])
+def test_fla_agrees(direction: str) -> None:
+    layout = LAYOUTS["text 77, 24x40"]
+    inputs = [torch.randn(1, 2, layout.length, 64, dtype=torch.bfloat16, device="cuda") for _ in range(3)]
+    inputs.append(-torch.rand_like(inputs[0]))
+    results = (gated_results(impl, torch.bfloat16, inputs, layout, direction=direction) for impl in ("fla", "triton"))
+    for a, b in zip(*results, strict=True):
+        assert (a - b).norm() <= 2e-2 * b.norm()
+
+
 @pytest.mark.parametrize(
     "template",
     [
@@ -218,6 +285,7 @@ def test_kernel_compiles_whole_for_all_sizes() -> None:
         ClearProcessor(window=2, down_factor=4),
         LinearProcessor(),
         GLAProcessor(),
+        GLAProcessor(gates="scalar"),
         HybridProcessor(window=2),
     ],
     ids=repr,

@@ -49,7 +49,7 @@ def modules() -> list[ModuleType]:
         names = [
             name
             for name in names
-            if not re.search(r"kernels\.((linear|local)_attention_|linear_blocks|tile_addressing)", name)
+            if not re.search(r"(linear|local)_attention_|gated_(?!attention)|linear_blocks|tile_addressing", name)
         ]
     return [importlib.import_module(name) for name in ["diffusers_linattn", *names]]
 

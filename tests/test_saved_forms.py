@@ -42,6 +42,7 @@ TEMPLATES: dict[str, Any] = {
     "hedgehog": LinearProcessor(feature_map="hedgehog", heads=4),
     "gla both ways": GLAProcessor(),
     "gla alternate": GLAProcessor(direction="alternate", input_conv=True),
+    "gla, a gate per head": GLAProcessor(gates="scalar"),
     "hybrid": HybridProcessor(window=2),
     "mixed": MIXED,
 }

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import torch
 
+from diffusers_linattn.kernels.gated_attention import IN_KERNEL_FEATURES, gated_attention_triton
 from diffusers_linattn.layout import TokenLayout
 from diffusers_linattn.ops import reference
 from diffusers_linattn.ops.checks import check_attention_inputs, check_choice, repeat_heads
 from diffusers_linattn.ops.features import FeatureMapArgument, full_precision, resolve_feature_map
+from diffusers_linattn.ops.gated_choice import choose_impl, why_not_triton
 from diffusers_linattn.ops.gated_chunked import DIRECTIONS, ORDERS, describe_path, gated_scan, scan_path
+from diffusers_linattn.ops.gated_fla import fla_scan, load_chunk_gla
 from diffusers_linattn.ops.linear import blend_with_text, with_text_queries
 from diffusers_linattn.ops.masks import reduce_to_key_mask, take
 
 
-IMPLEMENTATIONS = (None, "chunked", "reference")
-_LOWEST_GATE = -1e4  # exp of it is 0 in every dtype, and sums of it stay finite
+IMPLEMENTATIONS = (None, "triton", "chunked", "fla", "reference")
 
 
 def gated_linear_attention(
@@ -49,8 +51,9 @@ def gated_linear_attention(
         key: (batch, heads, tokens, head_dim); fewer heads with `enable_gqa`.
         value: (batch, heads, tokens, value_dim), as many heads as key.
         gate: Logarithm of the decay, ≤ 0, (batch, heads, tokens, head_dim), with as many heads as query or key; with
-            a learned feature map as many channels as that has features. Any dtype, used in fp32 or fp64. What stands
-            at text positions is ignored.
+            a learned feature map as many channels as that has features. (batch, heads, tokens, 1) decays all channels
+            of a head alike, which is faster. Any dtype, used in fp32 or fp64. What stands at text positions is
+            ignored.
         layout: What the tokens are. Text, padding and references of unknown grid are text.
         direction: `"forward"`, `"backward"` or `"bidirectional"` (both, each token counted once).
         order: `"rows"` or `"columns"`: what the scan walks along. Frames of a video follow one another in both.
@@ -60,7 +63,10 @@ def gated_linear_attention(
         mask: As in [`linear_attention`]. A hidden key adds nothing, its gate still decays the others.
         scale: Softmax scale for the text, or the factor of `normalize=False`; `None` is `head_dim ** -0.5`.
         enable_gqa: Whether key and value may have fewer heads than query.
-        impl: `"chunked"`, or `"reference"` (quadratic, token by token, for tests); `None` chooses.
+        impl: `"triton"` (kernels for an NVIDIA GPU, both directions in one pass; bf16, fp16 and fp32, head_dim and
+            value_dim at most 256), `"chunked"` (PyTorch on every device), `"fla"` (the kernels of fla-core, one call
+            per direction), or `"reference"` (quadratic, token by token, for tests). `None` takes `"triton"` where it
+            runs, else `"chunked"`.
         path: For layers that alternate between paths under `torch.compile`: what `gated_chunked.scan_path` gives, in
             place of `order` and of the choice between `"forward"` and `"backward"`.
 
@@ -69,8 +75,8 @@ def gated_linear_attention(
 
     Raises:
         ValueError: Shapes that do not fit each other or the layout, an unknown `direction`, `order`, `feature_map` or
-            `impl`, a mask that shows different keys to different queries, `feature_map=None` with a denominator, or
-            text without one.
+            `impl`, a mask that shows different keys to different queries, `feature_map=None` with a denominator,
+            text without one, or an `impl` that cannot answer this call or is not installed.
 
     Example:
         >>> import torch
@@ -98,13 +104,21 @@ def gated_linear_attention(
     check_attention_inputs(query, key, value, layout, mask, enable_gqa)
     key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
     of_query, of_key = (full_precision, full_precision) if feature_map is None else resolve_feature_map(feature_map)
-    phi_q, phi_k = of_query(query), of_key(key)
-    gate = _check_gate(gate, phi_k, key_heads).to(phi_k.dtype)
     if not layout.grids:
+        _check_gate(gate, of_key(key), key_heads)
         return with_text_queries(None, query, key, value, layout, mask, scale)
     key_mask = reduce_to_key_mask(mask, layout, query.dtype)
     both = direction == "bidirectional"
     path = scan_path(direction, order) if path is None else path
+    # The kernel takes the features itself, unless something else needs them, too.
+    name = "none" if feature_map is None else feature_map
+    fused = name in IN_KERNEL_FEATURES and key_mask is None and len(layout.grids) == 1
+    fused = fused and (impl or choose_impl(query, value, query.shape[-1])) == "triton"
+    phi_q, phi_k = (query, key) if fused else (of_query(query), of_key(key))
+    gate = _check_gate(gate, phi_k, key_heads).to(torch.promote_types(phi_k.dtype, torch.float32))
+    impl = impl or choose_impl(query, value, phi_k.shape[-1])
+    if impl == "triton" and (reason := why_not_triton(query, value, phi_k.shape[-1])) is not None:
+        raise ValueError(f"impl='triton' cannot answer this call: {reason}.")
 
     with torch.autocast(query.device.type, enabled=False):
         if impl == "reference":
@@ -113,7 +127,7 @@ def gated_linear_attention(
                 full_precision(query),
                 full_precision(key),
                 full_precision(value),
-                gate,
+                gate.expand_as(phi_k),
                 layout,
                 query_features=lambda _: phi_q,
                 key_features=lambda _: phi_k,
@@ -127,14 +141,12 @@ def gated_linear_attention(
         else:
             if key_mask is not None:
                 phi_k = phi_k * key_mask.weights()
-            values = full_precision(value)
-            if not normalize:
-                scale = query.shape[-1] ** -0.5 if scale is None else scale
-                grid = scale * _sum_over_grids(phi_q, phi_k, values, gate, layout, both, path)
+            settings = (impl, both, path, normalize, str(name) if fused else "none")
+            sums, counts = _sum_over_grids(phi_q, phi_k, value, gate, layout, *settings)
+            if counts is None:
+                grid = sums * (query.shape[-1] ** -0.5 if scale is None else scale)
             else:
-                values = torch.cat([values, torch.ones_like(values[..., :1])], -1)  # a value of 1 adds up the weights
-                sums = _sum_over_grids(phi_q, phi_k, values, gate, layout, both, path)
-                grid = blend_with_text(query, key, value, layout, sums[..., :-1], sums[..., -1:], key_mask, scale)
+                grid = blend_with_text(query, key, value, layout, sums, counts, key_mask, scale)
         grid = grid if key_mask is None else key_mask.zero_hidden(grid)
     return with_text_queries(grid, query, key, value, layout, mask, scale)
 
@@ -145,24 +157,47 @@ def _sum_over_grids(
     value: torch.Tensor,
     gate: torch.Tensor,
     layout: TokenLayout,
+    impl: str,
     both: bool,
     path: int,
-) -> torch.Tensor:
-    """Weights times values for the grid queries, (B, H, G, V): gated inside each grid, ungated across grids."""
-    gate = gate.clamp(min=_LOWEST_GATE)
-    outputs = []
+    normalize: bool,
+    features: str,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weights times values for the grid queries, (B, H, G, V), and to normalize the sums of the weights, (B, H, G, 1).
+
+    Gated inside each grid, ungated across grids. `features` are left to the kernel.
+    """
+    sums, counts = [], []
     for segment in layout.grids:
         q, k, v, g = (take(x, [segment]) for x in (phi_q, phi_k, value, gate))
         assert segment.grid is not None
-        output = gated_scan(q, k, v, g, segment.grid, both, path)
-        outputs.append(output + (q * k).sum(-1, keepdim=True) * v)  # the scan leaves out the token itself
-    if len(outputs) == 1:
-        return outputs[0]
-    states = [take(phi_k, [segment]).transpose(-1, -2) @ take(value, [segment]) for segment in layout.grids]
-    for i, segment in enumerate(layout.grids):
-        others = sum(states[:i] + states[i + 1 :])
-        outputs[i] = outputs[i] + take(phi_q, [segment]) @ others
-    return torch.cat(outputs, 2)
+        settings = (segment.grid, both, path)
+        if impl == "triton":
+            _, height, width = segment.grid
+            output, count = gated_attention_triton(
+                q, k, v, g, height, width, both, path, features, features, normalize
+            )
+            count = count[..., None]
+        else:
+            v = full_precision(v) if impl == "chunked" else v
+            if normalize:
+                v = torch.cat([v, torch.ones_like(v[..., :1])], -1)  # a value of 1 adds up the weights
+            if impl == "fla":
+                output = full_precision(fla_scan(load_chunk_gla(), q.to(v.dtype), k.to(v.dtype), v, g, *settings))
+            else:  # which leaves out the token itself
+                output = gated_scan(q, k, v, g, *settings) + (q * k).sum(-1, keepdim=True) * v
+            output, count = output[..., : value.shape[-1]], output[..., value.shape[-1] :]
+        sums.append(output)
+        counts.append(count)
+    if len(layout.grids) > 1:
+        keys, values = ([full_precision(take(x, [grid])) for grid in layout.grids] for x in (phi_k, value))
+        states = [k.transpose(-1, -2) @ v for k, v in zip(keys, values, strict=True)]
+        totals = [k.sum(-2)[..., None] for k in keys]
+        for i, segment in enumerate(layout.grids):
+            q = take(phi_q, [segment])
+            sums[i] = sums[i] + q @ sum(states[:i] + states[i + 1 :])
+            counts[i] = counts[i] + q @ sum(totals[:i] + totals[i + 1 :]) if normalize else counts[i]
+    return torch.cat(sums, 2), torch.cat(counts, 2) if normalize else None
 
 
 def _check_gate(gate: torch.Tensor, phi_k: torch.Tensor, key_heads: int) -> torch.Tensor:
@@ -170,9 +205,9 @@ def _check_gate(gate: torch.Tensor, phi_k: torch.Tensor, key_heads: int) -> torc
     batch, heads, tokens, features = phi_k.shape
     if gate.ndim == 4 and gate.shape[1] == key_heads != heads:
         gate = gate.repeat_interleave(heads // key_heads, 1)
-    if gate.shape != phi_k.shape:
+    if gate.shape not in (phi_k.shape, (batch, heads, tokens, 1)):
         raise ValueError(
-            f"gate must have the shape (batch, heads, tokens, features) = {(batch, heads, tokens, features)}, got "
-            f"{tuple(gate.shape)}: one log decay per feature of the key."
+            f"gate must have the shape (batch, heads, tokens, features) = {(batch, heads, tokens, features)} or 1 "
+            f"channel, got {tuple(gate.shape)}: one log decay per feature of the key, or one per head."
         )
     return gate

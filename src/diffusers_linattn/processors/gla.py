@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from diffusers_linattn.kernels.local_attention import why_not
 from diffusers_linattn.layout import Segment, TokenLayout
 from diffusers_linattn.ops.checks import check_choice, check_positive_int
 from diffusers_linattn.ops.gated import gated_linear_attention
@@ -16,6 +17,7 @@ from diffusers_linattn.processors.base import BaseProcessor
 
 DIRECTIONS = ("bidirectional", "alternate")
 FEATURE_MAP_NAMES = ("relu", "elu", "softmax")
+GATES = ("vector", "scalar")
 SILU_INVERSE_OF_ONE = 1.2784645427610738  # silu(1.278...) = 1: the bias at which the output gate does nothing
 
 
@@ -31,11 +33,14 @@ class GLAProcessor(BaseProcessor):
         gate_low_rank (`int`, *optional*, defaults to 16): Rank of the gate's projection.
         gate_normalizer (`int`, *optional*, defaults to 16): What the logarithm of the gate is divided by.
         feature_map (`str`, *optional*, defaults to `"relu"`): One of `"relu"`, `"elu"`, `"softmax"`.
+        gates (`str`, *optional*, defaults to `"vector"`): `"vector"` is a gate per channel, `"scalar"` one per head,
+            which is faster and says less.
         input_conv (`bool`, *optional*, defaults to `False`): A 3x3 depth-wise convolution on the input of the layer,
             starting as the identity.
         reset_projections (`bool`, *optional*, defaults to `False`): Start the layer's query, key, value and output
             projections afresh instead of inheriting them.
-        impl (`str`, *optional*): `"chunked"` or `"reference"`; `None` chooses.
+        impl (`str`, *optional*): `"triton"`, `"chunked"`, `"fla"` or `"reference"`; `None` takes `"triton"` on a GPU
+            that it runs on, else `"chunked"`.
 
     Image queries weigh text keys by the exact softmax weight under one shared denominator, which in joint models
     `"alternate"` has as well; text queries keep softmax over everything. Key and value keep the model's head_dim,
@@ -50,7 +55,7 @@ class GLAProcessor(BaseProcessor):
         'bidirectional'
     """
 
-    impls = ("chunked", "reference")
+    impls = ("triton", "chunked", "fla", "reference")
 
     def __init__(
         self,
@@ -58,6 +63,7 @@ class GLAProcessor(BaseProcessor):
         gate_low_rank: int = 16,
         gate_normalizer: int = 16,
         feature_map: str = "relu",
+        gates: str = "vector",
         input_conv: bool = False,
         reset_projections: bool = False,
         impl: str | None = None,
@@ -65,17 +71,20 @@ class GLAProcessor(BaseProcessor):
         super().__init__(reset_projections=reset_projections, impl=impl)
         check_choice("direction", direction, DIRECTIONS)
         check_choice("feature_map", feature_map, FEATURE_MAP_NAMES)
+        check_choice("gates", gates, GATES)
         if not isinstance(input_conv, bool):
             raise ValueError(f"input_conv must be True or False, got {input_conv!r}.")
         self.direction = direction
         self.gate_low_rank = check_positive_int("gate_low_rank", gate_low_rank)
         self.gate_normalizer = check_positive_int("gate_normalizer", gate_normalizer)
         self.feature_map = feature_map
+        self.gates = gates
         self.input_conv = input_conv
 
     def build(self, heads: int, head_dim: int, channels: int, index: int) -> None:
         alternate = self.direction == "alternate"
-        self.gate = LogGate(channels, heads, head_dim, self.gate_low_rank, self.gate_normalizer, centred=not alternate)
+        gate_dim = head_dim if self.gates == "vector" else 1
+        self.gate = LogGate(channels, heads, gate_dim, self.gate_low_rank, self.gate_normalizer, centred=not alternate)
         if self.input_conv:
             self.conv = GridConvolution(channels)
         if alternate:
@@ -92,6 +101,11 @@ class GLAProcessor(BaseProcessor):
 
     def prepare(self, hidden_states: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
         return self.conv(hidden_states, layout)
+
+    def implementation(self, layout: TokenLayout | None, device: torch.device | None = None) -> str:
+        if self.impl is not None:
+            return self.impl
+        return "triton" if device is not None and device.type == "cuda" and why_not(str(device)) is None else "chunked"
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
         # Without a denominator there is none to share with the text, so that joint models always have one.
@@ -122,23 +136,23 @@ class LogGate(nn.Module):
     `centred` subtracts logsigmoid(0) and stops at 0, so that W2 = 0 is a gate of exactly 1 that still has a gradient.
     """
 
-    def __init__(self, channels: int, heads: int, head_dim: int, rank: int, normalizer: int, centred: bool):
+    def __init__(self, channels: int, heads: int, gate_dim: int, rank: int, normalizer: int, centred: bool):
         super().__init__()
-        self.heads, self.head_dim, self.normalizer, self.centred = heads, head_dim, normalizer, centred
+        self.heads, self.gate_dim, self.normalizer, self.centred = heads, gate_dim, normalizer, centred
         self.down = nn.Linear(channels, rank, bias=False)
-        self.up = nn.Linear(rank, heads * head_dim)
+        self.up = nn.Linear(rank, heads * gate_dim)
         if centred:
             nn.init.zeros_(self.up.weight)
             nn.init.zeros_(self.up.bias)
 
     def forward(self, hidden_states: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
-        """`(batch, tokens, channels)` to fp32 `(batch, heads, tokens, head_dim)`, 0 at text tokens."""
+        """`(batch, tokens, channels)` to fp32 `(batch, heads, tokens, gates per head)`, 0 at text tokens."""
         logits = self.up(self.down(hidden_states)).float()
         log_gate = F.logsigmoid(logits)
         if self.centred:
             log_gate = (log_gate - F.logsigmoid(torch.zeros((), device=logits.device))).clamp(max=0)
         log_gate = spread_over(log_gate / self.normalizer, layout, fill=0.0)
-        return log_gate.reshape(*log_gate.shape[:2], self.heads, self.head_dim).transpose(1, 2)
+        return log_gate.reshape(*log_gate.shape[:2], self.heads, self.gate_dim).transpose(1, 2)
 
 
 class OutputGate(nn.Module):

@@ -1,0 +1,101 @@
+"""Compiles the kernels of gated linear attention for chips that this machine does not have, and reads what they need.
+
+python tests/compile_gated_kernels.py            # a table: registers, stack, shared memory
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+
+from diffusers_linattn.kernels.gated_attention import BLOCK_K, BLOCK_V, CHUNK, SCAN, WARPS
+
+from compile_kernels import CHIPS, TYPES, Compiled, _read
+
+
+# What a training step launches, by name: the kernel and the constants that differ from the usual ones.
+LAUNCHES: dict[str, tuple[str, dict[str, Any]]] = {
+    "states": ("states_kernel", {}),
+    "gradients of states": ("states_kernel", {"GRADIENT": True}),
+    "scan": ("scan_kernel", {}),
+    "weights": ("weights_kernel", {}),
+    "weights, a gate per head": ("weights_kernel", {"SCALAR": True}),
+    "output": ("output_kernel", {}),
+    "value gradient": ("output_kernel", {"GRADIENT": True}),
+    "weight gradients": ("weight_gradients_kernel", {}),
+    "query gradient": ("gradients_kernel", {}),
+    "key gradient": ("gradients_kernel", {"OF_KEY": True}),
+}
+_INTEGERS = ("heads", "first_head", "chunks", "length", "inner", "outer", "backward", "left")
+_FP32 = ("gate", "weight", "counts", "grad_counts", "decays", "totals", "grad_totals", "dgate", "grad", "out")
+_WORKSPACE = ("states", "grad_states", "weights", "grad_weights")
+
+
+def compile_launch(name: str, head_dim: int, dtype: torch.dtype, chip: int) -> Compiled:
+    """Compile one launch for `sm_<chip>`."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from diffusers_linattn.kernels import gated_gradients, gated_states, gated_weights
+
+    kernel_name, flags = LAUNCHES[name]
+    kernel = next(
+        getattr(module, kernel_name)
+        for module in (gated_states, gated_weights, gated_gradients)
+        if hasattr(module, kernel_name)
+    )
+    half = dtype == torch.bfloat16
+    constants: dict[str, Any] = {
+        "KEY_DIM": head_dim,
+        "VALUE_DIM": head_dim,
+        "BLOCK_K": BLOCK_K,
+        "BLOCK_V": BLOCK_V,
+        "CHUNK": CHUNK,
+        "HALF": CHUNK // 2,
+        "LEVELS": (CHUNK // 2).bit_length() - 1,
+        "BLOCK": SCAN[0],
+        "STEPS": SCAN[1],
+        "SCALAR": False,
+        "BOTH": True,
+        "GRADIENT": False,
+        "OF_KEY": False,
+        "COUNTED": True,
+        "FEATURES": "relu",
+        "OTHER_FEATURES": "relu",
+        "QUERY_FEATURES": "relu",
+        "KEY_FEATURES": "relu",
+        "PRECISION": "ieee" if half or dtype == torch.float32 else "tf32",
+    }
+    constants = {key: value for key, value in (constants | flags).items() if key in kernel.arg_names}
+    signature, attributes = {}, {}
+    for i, argument in enumerate(kernel.arg_names):
+        if argument in constants:
+            signature[argument] = "constexpr"
+        elif argument in _INTEGERS:
+            signature[argument] = "i32"
+        elif argument.startswith("stride_"):
+            signature[argument] = "i32"
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            element = "bf16" if half and argument in _WORKSPACE else "fp32"
+            signature[argument] = "*" + (element if argument in _FP32 + _WORKSPACE else TYPES[dtype])
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": WARPS, "num_stages": 1, "enable_fp_fusion": True}
+    return _read(triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options))
+
+
+def main() -> None:
+    print("chip dim dtype launch                    regs stack spills in loop  shared async")
+    for chip in CHIPS:
+        for head_dim, dtype in ((128, torch.bfloat16), (64, torch.float16)):
+            for name in LAUNCHES:
+                result = compile_launch(name, head_dim, dtype, chip)
+                print(f"{chip:4} {head_dim:3} {TYPES[dtype]:5} {name:25} {result}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,190 @@
+"""The Triton kernels of gated linear attention in Triton's interpreter, on a CPU, against `ops/reference.py`.
+
+    TRITON_INTERPRET=1 pytest tests/test_triton_gated_attention.py
+
+The variable has to be set before the kernels are imported, so that this is a run of its own.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from test_gated_linear_attention import LAYOUTS, make_gated_inputs, ours, spec
+from test_linear_attention import assert_as_accurate, seen_keys, with_gradients
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from diffusers_linattn import GLAProcessor, linearize, status
+from diffusers_linattn.kernels import gated_attention as kernels
+from diffusers_linattn.layout import TokenLayout
+from diffusers_linattn.ops.gated import gated_linear_attention
+from diffusers_linattn.ops.gated_chunked import scan_path
+
+import tiny
+
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
+
+by_direction = pytest.mark.parametrize("direction", ["bidirectional", "forward", "backward"])
+by_gate = pytest.mark.parametrize("per_head", [False, True], ids=["per channel", "per head"])
+
+
+@pytest.fixture
+def short_chunks(monkeypatch):
+    """Several chunks, the last one cut short, in few tokens."""
+    monkeypatch.setattr(kernels, "CHUNK", 32)
+
+
+def check(layout, per_head=False, dtype=torch.float32, strength=0.5, **options):
+    shape = {key: options.pop(key) for key in ("batch", "heads", "dim") if key in options}
+    inputs = make_gated_inputs(layout, dtype, strength, per_head, **{"batch": 1, "heads": 1} | shape)
+    assert_as_accurate(ours(layout, impl="triton", **options), spec(layout, **options), inputs)
+
+
+@by_gate
+@by_direction
+@pytest.mark.parametrize("order", ["rows", "columns"])
+@pytest.mark.usefixtures("short_chunks")
+def test_matches_the_reference(direction, order, per_head):
+    check(LAYOUTS["several chunks"], per_head, direction=direction, order=order)
+
+
+@pytest.mark.parametrize("name", ["one token", "one row of 15", "one column of 17", "video", "only text"])
+@pytest.mark.usefixtures("short_chunks")
+def test_other_grids(name):
+    check(LAYOUTS[name], order="columns", batch=2)
+
+
+@by_gate
+def test_chunks_of_full_size_and_channels_of_several_blocks(per_head):
+    check(LAYOUTS["several chunks"], per_head, dim=24, feature_map="elu")
+
+
+@pytest.mark.parametrize("name", ["77 text first", "references and padding"])
+@pytest.mark.usefixtures("short_chunks")
+def test_text_and_references(name):
+    check(LAYOUTS[name], order="columns")
+
+
+@by_gate
+@pytest.mark.usefixtures("short_chunks")
+def test_fp16(per_head):
+    check(LAYOUTS["odd grid"], per_head, torch.float16, heads=2)
+
+
+@pytest.mark.parametrize(
+    ("direction", "per_head"), [("bidirectional", False), ("bidirectional", True), ("backward", False)]
+)
+@pytest.mark.parametrize("strength", [0.0, 1e4])
+@pytest.mark.usefixtures("short_chunks")
+def test_gates_of_zero_and_very_strong_ones(strength, direction, per_head):
+    layout = LAYOUTS["odd grid"]
+    options = {"direction": direction, "feature_map": "elu"}
+    inputs = make_gated_inputs(layout, strength=strength, per_head=per_head, batch=1, heads=1)
+    inputs[3][:, :, ::3] *= 1e-3  # weak gates next to strong ones: differences of long sums would lose them
+    assert_as_accurate(ours(layout, impl="triton", **options), spec(layout, **options), inputs)
+
+
+@pytest.mark.usefixtures("short_chunks")
+def test_gates_of_minus_infinity():
+    layout = LAYOUTS["odd grid"]
+    inputs = make_gated_inputs(layout, batch=1, heads=1)
+    inputs[3][:, :, ::4] = float("-inf")
+    output, *gradients = with_gradients(ours(layout, impl="triton"), inputs, torch.float32)
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    torch.testing.assert_close(output, spec(layout)(*inputs).double(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("direction", "per_head"), [("bidirectional", True), ("backward", False)])
+@pytest.mark.usefixtures("short_chunks")
+def test_without_denominator(direction, per_head):
+    options = {"direction": direction, "feature_map": None, "normalize": False, "scale": 0.3, "order": "columns"}
+    check(LAYOUTS["odd grid"], per_head, **options)
+
+
+@pytest.mark.parametrize("feature_map", ["softmax", "elu"])
+@pytest.mark.usefixtures("short_chunks")
+def test_masks_and_other_features(feature_map):
+    layout = LAYOUTS["odd grid"]
+    mask = seen_keys(layout)
+    inputs = make_gated_inputs(layout, heads=1)
+    options = {"mask": mask, "feature_map": feature_map}
+    assert_as_accurate(ours(layout, impl="triton", **options), spec(layout, **options), inputs)
+
+
+@pytest.mark.usefixtures("short_chunks")
+def test_heads_beyond_the_memory_for_states_wait(monkeypatch):
+    monkeypatch.setattr(kernels, "_WORKSPACE", 1)
+    check(LAYOUTS["odd grid"], batch=2, heads=2)
+
+
+@pytest.mark.usefixtures("short_chunks")
+def test_strides_of_any_kind():
+    """Slices of one fused projection, channels apart, and a gradient that is one number everywhere."""
+    layout = LAYOUTS["odd grid"]
+    fused = torch.randn(1, layout.length, 3, 2, 16)
+    inputs = [fused[:, :, i].transpose(1, 2) for i in range(3)] + [-torch.rand(1, 2, layout.length, 16)]
+    inputs[2] = inputs[2].transpose(2, 3).contiguous().transpose(2, 3)
+    results = []
+    for impl in ("triton", "chunked"):
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        output = gated_linear_attention(*leaves, layout, impl=impl)
+        results.append([output, *torch.autograd.grad(output.sum(), leaves)])
+    torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
+
+
+@by_gate
+@pytest.mark.usefixtures("short_chunks")
+def test_same_bits_in_every_run_and_no_number_left_unwritten(per_head):
+    layout = LAYOUTS["odd grid"]
+    inputs = make_gated_inputs(layout, batch=1, per_head=per_head)
+    expected = with_gradients(ours(layout, impl="triton"), inputs, torch.float32)
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    try:
+        actual = with_gradients(ours(layout, impl="triton"), inputs, torch.float32)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for a, b in zip(actual, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@by_gate
+@pytest.mark.parametrize("counted", [True, False])
+def test_operator_registration(counted, per_head):
+    query, key, value, gate = make_gated_inputs(TokenLayout.image((1, 3, 5)), batch=1, heads=1, per_head=per_head)
+    inputs = [x.requires_grad_() for x in (query, key, value[..., :9], gate)]
+    settings = (3, 5, True, scan_path("bidirectional", "columns"), "relu", "relu", counted)
+    torch.library.opcheck(kernels.gated_attention_triton, (*inputs, *settings))
+
+
+@pytest.mark.usefixtures("short_chunks")
+def test_one_graph_for_all_sizes_and_paths():
+    def attend(query, key, value, gate, grid, path):
+        layout = TokenLayout.image((1, *grid.shape))
+        return gated_linear_attention(query, key, value, gate, layout, path=path.shape[1], impl="triton")
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend=counter)
+    for height, width, order in ((5, 6, "rows"), (7, 3, "columns"), (4, 9, "columns")):
+        inputs = make_gated_inputs(TokenLayout.image((1, height, width)), batch=1, heads=2)
+        inputs = [x.requires_grad_() for x in inputs]
+        shapes = torch.empty(height, width), torch.empty(0, scan_path("bidirectional", order))
+        results = []
+        for function in (compiled, attend):
+            output = function(*inputs, *shapes)
+            results.append([output, *torch.autograd.grad(output.square().sum(), inputs)])
+        torch.testing.assert_close(*results)
+    assert counter.frame_count <= 2
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("short_chunks")
+def test_processor_in_a_model():
+    outputs = {}
+    for impl in ("triton", "chunked"):
+        model = linearize(tiny.flux(), GLAProcessor(impl=impl))
+        outputs[impl] = model(**tiny.flux_inputs(5, 6, 3))[0]
+        assert status(model).converted[0].implementation == impl
+    torch.testing.assert_close(outputs["triton"], outputs["chunked"], atol=1e-5, rtol=1e-4)
