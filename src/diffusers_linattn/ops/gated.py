@@ -42,52 +42,51 @@ def gated_linear_attention(
 ) -> torch.Tensor:
     """Linear attention that forgets along a scan of the grid (GLA, arXiv 2312.06635; DiG, arXiv 2405.18428).
 
-        The weight of key j for query i is Σ_d φ(q_i)_d φ(k_j)_d Π a_d with a = exp(gate) of the tokens passed on the scan
-        from j to i. A scan stays inside its grid; the tokens of other grids enter without decay, the text by
-        exp(scale q·k) under the same denominator, and text queries attend to everything by softmax. With gates of 0,
-        `"bidirectional"` equals [`linear_attention`]. Time and memory are linear in the grid tokens.
+    The weight of key j for query i is Σ_d φ(q_i)_d φ(k_j)_d Π a_d with a = exp(gate) of the tokens passed on the scan
+    from j to i. A scan stays inside its grid; the tokens of other grids enter without decay, the text by
+    exp(scale q·k) under the same denominator, and text queries attend to everything by softmax. With gates of 0,
+    `"bidirectional"` equals [`linear_attention`]. Time and memory are linear in the grid tokens.
 
-        Args:
-            query: (batch, heads, tokens, head_dim), any floating dtype.
-            key: (batch, heads, tokens, head_dim); fewer heads with `enable_gqa`.
-            value: (batch, heads, tokens, value_dim), as many heads as key.
-            gate: Logarithm of the decay, ≤ 0, (batch, heads, tokens, head_dim), with as many heads as query or key; with
-                a learned feature map as many channels as that has features. (batch, heads, tokens, 1) decays all channels
-                of a head alike, which is faster. Any dtype, used in fp32 or fp64. What stands at text positions is
-                ignored.
-            layout: What the tokens are. Text, padding and references of unknown grid are text.
-            direction: `"forward"`, `"backward"` or `"bidirectional"` (both, each token counted once).
-            order: `"rows"` or `"columns"`: what the scan walks along. Frames of a video follow one another in both.
-            feature_map: As in [`linear_attention`]; `None` (identity) only with `normalize=False`.
-            normalize: Divide by the sum of the weights. Without (as in DiG), the output is multiplied by `scale`, there
-                is no text, and `feature_map=None` is allowed.
-            mask: As in [`linear_attention`]. A hidden key adds nothing, its gate still decays the others.
-            scale: Softmax scale for the text, or the factor of `normalize=False`; `None` is `head_dim ** -0.5`.
-            enable_gqa: Whether key and value may have fewer heads than query.
-            impl: `"triton"` (kernels for an NVIDIA GPU, both directions in one pass; bf16, fp16 and fp32, head_dim and
-                value_dim at most 256), `"chunked"` (PyTorch on every device), `"fla"` (the kernels of fla-core, one call
-                per direction), or `"reference"` (quadratic, token by token, for tests). `None` takes `"triton"` where it
-                runs, else `"chunked"`.
-            path: For layers that alternate between paths under `torch.compile`: what `scan_paths.scan_path` gives, in
-                place of `order` and of the choice between `"forward"` and `"backward"`.
+    Args:
+        query: (batch, heads, tokens, head_dim), any floating dtype.
+        key: (batch, heads, tokens, head_dim); fewer heads with `enable_gqa`.
+        value: (batch, heads, tokens, value_dim), as many heads as key.
+        gate: Logarithm of the decay, ≤ 0, (batch, heads, tokens, head_dim), with as many heads as query or key; with
+            a learned feature map as many channels as that has features. (batch, heads, tokens, 1) decays all channels
+            of a head alike, which is faster. Any dtype, used in fp32 or fp64. What stands at text positions is
+            ignored.
+        layout: What the tokens are. Text, padding and references of unknown grid are text.
+        direction: `"forward"`, `"backward"` or `"bidirectional"` (both, each token counted once).
+        order: `"rows"` or `"columns"`: what the scan walks along. Frames of a video follow one another in both.
+        feature_map: As in [`linear_attention`]; `None` (identity) only with `normalize=False`.
+        normalize: Divide by the sum of the weights. Without (as in DiG), the output is multiplied by `scale`, there
+            is no text, and `feature_map=None` is allowed.
+        mask: As in [`linear_attention`]. A hidden key adds nothing, its gate still decays the others.
+        scale: Softmax scale for the text, or the factor of `normalize=False`; `None` is `head_dim ** -0.5`.
+        enable_gqa: Whether key and value may have fewer heads than query.
+        impl: `"triton"` (kernels for an NVIDIA GPU, both directions in one pass; bf16, fp16 and fp32, head_dim and
+            value_dim at most 256), `"chunked"` (PyTorch on every device), `"fla"` (the kernels of fla-core, one call
+            per direction), or `"reference"` (quadratic, token by token, for tests). `None` takes `"triton"` where it
+            runs, else `"chunked"`.
+        path: For layers that alternate between paths under `torch.compile`: what `scan_paths.scan_path` gives, in
+            place of `order` and of the choice between `"forward"` and `"backward"`.
 
-        Returns:
-            (batch, heads, tokens, value_dim) in the value's dtype, computed in fp32, or fp64 for fp64.
+    Returns:
+        (batch, heads, tokens, value_dim) in the value's dtype, computed in fp32, or fp64 for fp64.
 
-        Raises:
-            ValueError: Shapes that do not fit each other or the layout, an unknown `direction`, `order`, `feature_map` or
-                `impl`, a mask that shows different keys to different queries, `feature_map=None` with a denominator,
-                text without one, or an `impl` that cannot answer this call or is not installed.
+    Raises:
+        ValueError: Shapes that do not fit each other or the layout, an unknown `direction`, `order`, `feature_map` or
+            `impl`, a mask that shows different keys to different queries, `feature_map=None` with a denominator,
+            text without one, or an `impl` that cannot answer this call or is not installed.
 
-        Example:
-            >>> import torch
-            >>> from diffusers_linattn.kernels.scan_paths import DIRECTIONS, ORDERS, describe_path, scan_path
-    from diffusers_linattn.layout import TokenLayout
-            >>> layout = TokenLayout.joint(text=7, grid=(1, 4, 6))
-            >>> query, key, value, gate = torch.randn(4, 1, 2, layout.length, 16).unbind()
-            >>> gate = torch.nn.functional.logsigmoid(gate) / 16
-            >>> gated_linear_attention(query, key, value, gate, layout, order="columns").shape
-            torch.Size([1, 2, 31, 16])
+    Example:
+        >>> import torch
+        >>> from diffusers_linattn.layout import TokenLayout
+        >>> layout = TokenLayout.joint(text=7, grid=(1, 4, 6))
+        >>> query, key, value, gate = torch.randn(4, 1, 2, layout.length, 16).unbind()
+        >>> gate = torch.nn.functional.logsigmoid(gate) / 16
+        >>> gated_linear_attention(query, key, value, gate, layout, order="columns").shape
+        torch.Size([1, 2, 31, 16])
     """
     check_choice("impl", impl, IMPLEMENTATIONS)
     check_choice("direction", direction, DIRECTIONS)
