@@ -10,6 +10,7 @@ import torch
 from test_linear_attention import assert_as_accurate, make_inputs, seen_keys, with_gradients
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from diffusers_linattn.kernels import scan_paths
 from diffusers_linattn.layout import TokenLayout
 from diffusers_linattn.ops import gated_chunked, reference
 from diffusers_linattn.ops.gated import gated_linear_attention
@@ -34,7 +35,7 @@ LAYOUTS = {
 }
 
 by_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-by_direction = pytest.mark.parametrize("direction", gated_chunked.DIRECTIONS)
+by_direction = pytest.mark.parametrize("direction", scan_paths.DIRECTIONS)
 by_order = pytest.mark.parametrize("order", ["rows", "columns"])
 by_dtype = pytest.mark.parametrize(
     "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d).removeprefix("torch.")
@@ -281,7 +282,7 @@ def test_a_thousand_tokens_and_more():
 
 def path_of(direction, order):
     """The last arguments of the operators, for a grid of 4 x 9 tokens."""
-    return (4, 9, direction == "bidirectional", gated_chunked.scan_path(direction, order))
+    return (4, 9, direction == "bidirectional", scan_paths.scan_path(direction, order))
 
 
 @by_direction
@@ -325,7 +326,7 @@ def test_fla_scans_the_same_path(direction, order, per_head):
     """All but fla's kernel itself, which runs on a GPU only."""
     layout, grid = LAYOUTS["video"], LAYOUTS["video"].grids[0].grid
     inputs = [x.requires_grad_() for x in make_gated_inputs(layout, torch.float64, per_head=per_head)]
-    path = gated_chunked.scan_path(direction, order)
+    path = scan_paths.scan_path(direction, order)
     output = 0.25 * fla_scan(recurrence, *inputs, grid, direction == "bidirectional", path)
     options = {"direction": direction, "order": order, "feature_map": None, "normalize": False, "scale": 0.25}
     expected = gated_linear_attention(*inputs, layout, **options)
@@ -353,10 +354,10 @@ def test_triton_by_name_never_falls_back():
 
 
 @by_direction
-@pytest.mark.parametrize("order", gated_chunked.ORDERS)
+@pytest.mark.parametrize("order", scan_paths.ORDERS)
 def test_a_path_says_direction_and_order(direction, order):
-    path = gated_chunked.scan_path(direction, order)
-    assert gated_chunked.describe_path(path, direction == "bidirectional") == (direction, order)
+    path = scan_paths.scan_path(direction, order)
+    assert scan_paths.describe_path(path, direction == "bidirectional") == (direction, order)
 
 
 @pytest.mark.parametrize(("given", "order"), [("as a layout", "columns"), ("as shapes", "rows")])

@@ -17,9 +17,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from diffusers_linattn import GLAProcessor, linearize, status
 from diffusers_linattn.kernels import gated_attention as kernels
+from diffusers_linattn.kernels.scan_paths import scan_path
 from diffusers_linattn.layout import TokenLayout
 from diffusers_linattn.ops.gated import gated_linear_attention
-from diffusers_linattn.ops.gated_chunked import scan_path
 
 import tiny
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 import torch
 
 from diffusers_linattn.kernels.gated_attention import IN_KERNEL_FEATURES, gated_attention_triton
+from diffusers_linattn.kernels.scan_paths import DIRECTIONS, ORDERS, describe_path, scan_path
 from diffusers_linattn.layout import TokenLayout
 from diffusers_linattn.ops import reference
 from diffusers_linattn.ops.checks import check_attention_inputs, check_choice, repeat_heads
 from diffusers_linattn.ops.features import FeatureMapArgument, full_precision, resolve_feature_map
 from diffusers_linattn.ops.gated_choice import choose_impl, why_not_triton
-from diffusers_linattn.ops.gated_chunked import DIRECTIONS, ORDERS, describe_path, gated_scan, scan_path
+from diffusers_linattn.ops.gated_chunked import gated_scan
 from diffusers_linattn.ops.gated_fla import fla_scan, load_chunk_gla
 from diffusers_linattn.ops.linear import blend_with_text, with_text_queries
 from diffusers_linattn.ops.masks import reduce_to_key_mask, take
@@ -67,7 +68,7 @@ def gated_linear_attention(
             value_dim at most 256), `"chunked"` (PyTorch on every device), `"fla"` (the kernels of fla-core, one call
             per direction), or `"reference"` (quadratic, token by token, for tests). `None` takes `"triton"` where it
             runs, else `"chunked"`.
-        path: For layers that alternate between paths under `torch.compile`: what `gated_chunked.scan_path` gives, in
+        path: For layers that alternate between paths under `torch.compile`: what `scan_paths.scan_path` gives, in
             place of `order` and of the choice between `"forward"` and `"backward"`.
 
     Returns:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 
+from diffusers_linattn.kernels.scan_paths import describe_path
 from diffusers_linattn.ops.gated_slabs import scan_slab, scan_slab_backward
 
 
@@ -17,23 +18,6 @@ CHUNK = 64  # a power of two
 SLAB = 512  # tokens worked on at a time, whole chunks: bounds the memory and keeps the work in the cache
 
 LOWEST_GATE = -1e4  # exp of it is 0 in every dtype, and sums of it stay finite
-
-DIRECTIONS = ("forward", "backward", "bidirectional")
-ORDERS = ("rows", "columns")
-
-# Traced as a size: 0 and 1 are never symbolic, and a size that another dimension has, too, is taken for that one.
-_FIRST_PATH = 1_000_003
-
-
-def scan_path(direction: str, order: str) -> int:
-    """Order and direction of a scan as one integer, for [`gated_scan`]."""
-    return _FIRST_PATH + 2 * ORDERS.index(order) + (direction == "backward")
-
-
-def describe_path(path: int, both: bool) -> tuple[str, str]:
-    """The inverse of [`scan_path`]: direction and order."""
-    columns, backward = divmod(path - _FIRST_PATH, 2)
-    return "bidirectional" if both else DIRECTIONS[backward], ORDERS[columns]
 
 
 def gated_scan(

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from diffusers_linattn.ops.gated_chunked import describe_path
+from diffusers_linattn.kernels.scan_paths import describe_path
 
 
 Scan = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]

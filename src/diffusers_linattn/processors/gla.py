@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from diffusers_linattn.kernels.local_attention import why_not
+from diffusers_linattn.kernels.scan_paths import scan_path
 from diffusers_linattn.layout import Segment, TokenLayout
 from diffusers_linattn.ops.checks import check_choice, check_positive_int
 from diffusers_linattn.ops.gated import gated_linear_attention
-from diffusers_linattn.ops.gated_chunked import scan_path
 from diffusers_linattn.processors.attention_call import AttentionCall
 from diffusers_linattn.processors.base import BaseProcessor
 
