@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from diffusers_linattn.kernels.local_attention import adjacent, empty_like, fp32_precision, strides_of
+from diffusers_linattn.kernels.launching import adjacent, empty_like, fp32_precision, strides_of
 from diffusers_linattn.kernels.scan_paths import describe_path
 
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from diffusers_linattn.kernels.launching import LOG2_E, adjacent, chip_of, empty_like, fp32_precision
 from diffusers_linattn.kernels.linear_launches import Launch, block_of, choose_launch, share_tokens
-from diffusers_linattn.kernels.local_attention import LOG2_E, adjacent, chip_of, empty_like, fp32_precision
 
 
 # Feature maps that the kernels compute; "none" takes features as they are.

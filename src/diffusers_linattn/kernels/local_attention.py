@@ -10,43 +10,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
-import math
-import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from diffusers_linattn.kernels.launching import LOG2_E, adjacent, chip_of, empty_like, fp32_precision, strides_of
 from diffusers_linattn.kernels.tile_configurations import Tiles, block_dim, choose_configuration, plan
 from diffusers_linattn.kernels.tile_lists import TileLists
 from diffusers_linattn.layout import TokenLayout
 
 
 MAX_HEAD_DIM = 256
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-LOG2_E = math.log2(math.e)
-
-
-@torch.compiler.assume_constant_result
-def why_not(device: str) -> str | None:
-    """Why the kernels cannot run on a device, as the rest of a sentence; `None` if they can."""
-    return _why_not(device)
-
-
-@functools.cache
-def _why_not(device: str) -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed: pip install triton"
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return None
-    if torch.device(device).type != "cuda" or torch.version.hip is not None:
-        return "it needs an NVIDIA GPU (or TRITON_INTERPRET=1 for tests): move the tensors to a CUDA device"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return "it needs compute capability 8.0 or later"
-    return None
-
 
 _INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor pooled_key, Tensor pooled_value, Tensor? mask, "
@@ -279,43 +254,9 @@ def _tables(lists: TileLists, device: torch.device) -> tuple[torch.Tensor, ...]:
     return lists.to(device)
 
 
-def fp32_precision(device: torch.device) -> str:
-    """What torch's settings say about a product of fp32 matrices: `"tf32"` or `"ieee"`."""
-    if device.type != "cuda":
-        return "ieee"
-    matmul = torch.backends.cuda.matmul
-    # Since torch 2.9; there the older setting cannot be read once this one has been set.
-    if hasattr(matmul, "fp32_precision"):
-        return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
-    return "tf32" if matmul.allow_tf32 else "ieee"
-
-
-def chip_of(device: torch.device) -> int:
-    """The compute capability times 10; 0: the interpreter."""
-    if device.type != "cuda":
-        return 0
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
 def log2_bias(mask: torch.Tensor) -> torch.Tensor:
     """A boolean or additive mask of keys, (B | 1, H | 1, 1, N), as fp32 (B | 1, H | 1, N) in units of log 2."""
     mask = mask[:, :, 0]
     if mask.dtype != torch.bool:
         return mask.float() * LOG2_E
     return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, float("-inf"))
-
-
-def adjacent(x: torch.Tensor) -> torch.Tensor:
-    """`x` with its channels side by side in memory; an expanded gradient, for example, is not."""
-    return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
-
-
-def strides_of(x: torch.Tensor) -> list[int]:
-    return list(x.stride()[:3])
-
-
-def empty_like(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """(B, H, N, D) in the memory order of (B, N, H, D), which callers transpose back for free."""
-    batch, heads, tokens, dim = x.shape
-    return x.new_empty(batch, tokens, heads, dim, dtype=dtype).transpose(1, 2)

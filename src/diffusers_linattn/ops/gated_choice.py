@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from diffusers_linattn.kernels.gated_attention import MAX_DIM
-from diffusers_linattn.kernels.local_attention import DTYPES, why_not
+from diffusers_linattn.kernels.launching import DTYPES, why_not
 
 
 def choose_impl(query: torch.Tensor, value: torch.Tensor, features: int) -> str:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from diffusers_linattn.kernels.launching import DTYPES, why_not
 from diffusers_linattn.kernels.linear_attention import (
     FUSED_FEATURES,
     MAX_DIM,
@@ -16,7 +17,6 @@ from diffusers_linattn.kernels.linear_attention import (
     linear_product,
     linear_state,
 )
-from diffusers_linattn.kernels.local_attention import DTYPES, why_not
 from diffusers_linattn.layout import TokenLayout
 from diffusers_linattn.ops import reference
 from diffusers_linattn.ops.checks import check_attention_inputs, check_choice, check_positive_int, repeat_heads

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from diffusers_linattn.kernels.local_attention import DTYPES, MAX_HEAD_DIM, why_not
+from diffusers_linattn.kernels.launching import DTYPES, why_not
+from diffusers_linattn.kernels.local_attention import MAX_HEAD_DIM
 from diffusers_linattn.layout import Segment, TokenLayout
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from diffusers_linattn.kernels.local_attention import why_not
+from diffusers_linattn.kernels.launching import why_not
 from diffusers_linattn.layout import Segment, TokenLayout
 from diffusers_linattn.ops.checks import check_positive_int
 from diffusers_linattn.ops.local import local_attention

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from diffusers_linattn.kernels.local_attention import why_not
+from diffusers_linattn.kernels.launching import why_not
 from diffusers_linattn.kernels.scan_paths import scan_path
 from diffusers_linattn.layout import Segment, TokenLayout
 from diffusers_linattn.ops.checks import check_choice, check_positive_int

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from diffusers_linattn.kernels.local_attention import why_not
+from diffusers_linattn.kernels.launching import why_not
 from diffusers_linattn.layout import TokenLayout
 from diffusers_linattn.ops.checks import check_choice, check_positive_int, repeat_heads
 from diffusers_linattn.ops.linear import IMPLS, linear_attention

@@ -1,0 +1,67 @@
+"""What the launches of all Triton kernels share: where they run, strides, and the precision of products."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+import os
+
+import torch
+
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LOG2_E = math.log2(math.e)
+
+
+@torch.compiler.assume_constant_result
+def why_not(device: str) -> str | None:
+    """Why the kernels cannot run on a device, as the rest of a sentence; `None` if they can."""
+    return _why_not(device)
+
+
+@functools.cache
+def _why_not(device: str) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install triton"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if torch.device(device).type != "cuda" or torch.version.hip is not None:
+        return "it needs an NVIDIA GPU (or TRITON_INTERPRET=1 for tests): move the tensors to a CUDA device"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "it needs compute capability 8.0 or later"
+    return None
+
+
+def fp32_precision(device: torch.device) -> str:
+    """What torch's settings say about a product of fp32 matrices: `"tf32"` or `"ieee"`."""
+    if device.type != "cuda":
+        return "ieee"
+    matmul = torch.backends.cuda.matmul
+    # Since torch 2.9; there the older setting cannot be read once this one has been set.
+    if hasattr(matmul, "fp32_precision"):
+        return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
+    return "tf32" if matmul.allow_tf32 else "ieee"
+
+
+def chip_of(device: torch.device) -> int:
+    """The compute capability times 10; 0: the interpreter."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def adjacent(x: torch.Tensor) -> torch.Tensor:
+    """`x` with its channels side by side in memory; an expanded gradient, for example, is not."""
+    return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
+
+
+def strides_of(x: torch.Tensor) -> list[int]:
+    return list(x.stride()[:3])
+
+
+def empty_like(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """(B, H, N, D) in the memory order of (B, N, H, D), which callers transpose back for free."""
+    batch, heads, tokens, dim = x.shape
+    return x.new_empty(batch, tokens, heads, dim, dtype=dtype).transpose(1, 2)
