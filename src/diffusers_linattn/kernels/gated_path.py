@@ -159,6 +159,16 @@ def load_count(counts, direction, slot, chunks, chunk, channel, KEY_DIM: tl.cons
 
 
 @triton.jit
+def running_sums(x, REVERSE: tl.constexpr):
+    """Sums of (S, W) over the tokens up to each, or from each on."""
+    if x.shape[1] == 1:  # Triton 3.6 crashes on a scan of one column
+        sums = tl.cumsum(tl.reshape(x, [x.shape[0]]), 0, reverse=REVERSE)[:, None]
+    else:
+        sums = tl.cumsum(x, 0, reverse=REVERSE)
+    return sums
+
+
+@triton.jit
 def gates_towards(
     gate,
     run,
@@ -175,9 +185,9 @@ def gates_towards(
 ):
     """Sums of the gates from behind each token of a run to its right (or left) end, (S, W), and of all, (W,)."""
     token, valid = run_tokens(run, length, inner, outer, backward, SIZE, 1)
-    after = tl.cumsum(load_gate(gate, token, valid, channel, stride, DIM, SCALAR), 0, reverse=True)
+    after = running_sums(load_gate(gate, token, valid, channel, stride, DIM, SCALAR), True)
     token, valid = run_tokens(run, length, inner, outer, backward, SIZE, -1)
-    before = tl.cumsum(load_gate(gate, token, valid, channel, stride, DIM, SCALAR), 0)
+    before = running_sums(load_gate(gate, token, valid, channel, stride, DIM, SCALAR), False)
     token, valid = run_tokens(run, length, inner, outer, backward, SIZE, 0)
     total = tl.sum(load_gate(gate, token, valid, channel, stride, DIM, SCALAR), 0)
     return tl.where(to_right, after, before), total

@@ -19,6 +19,7 @@ from diffusers_linattn.kernels.gated_path import (
     load_state,
     load_tile,
     run_tokens,
+    running_sums,
     store_tile,
 )
 
@@ -94,7 +95,7 @@ def states_kernel(
             if not GRADIENT:  # a key does not pass its own gate
                 other, exists = run_tokens(chunk, length, inner, outer, backward, CHUNK, -1 if LEFT else 1)
                 passed = load_gate(gate, other, exists, channel, stride_gn, GATE_DIM, SCALAR)
-            decayed = k * tl.exp(tl.cumsum(passed, 0, reverse=LEFT == 0))
+            decayed = k * tl.exp(running_sums(passed, LEFT == 0))
             state = tl.dot(tl.trans(decayed.to(v.dtype)), v, input_precision=PRECISION)
             direction = row + (LEFT if BOTH else 0) * tl.num_programs(2).to(tl.int64) * tl.num_programs(0) * KEY_DIM
             pointers = states + (direction + channel)[:, None] * VALUE_DIM + column[None, :]
@@ -221,7 +222,7 @@ def output_kernel(
                 if GRADIENT:  # a key does not pass its own gate
                     other, exists = run_tokens(chunk, length, inner, outer, backward, CHUNK, 1 if LEFT else -1)
                     passed = load_gate(gate, other, exists, channel, stride_gn, GATE_DIM, SCALAR)
-                decayed = q * tl.exp(tl.cumsum(passed, 0, reverse=LEFT == 1))
+                decayed = q * tl.exp(running_sums(passed, LEFT == 1))
                 # The state that leaves the chunk before, or the one after for states that run left.
                 entered = chunk + 1 if LEFT else chunk - 1
                 direction = LEFT if BOTH else 0

@@ -52,7 +52,8 @@ def linear_attention(
         value: (batch, heads, tokens, value_dim), as many heads as key.
         layout: What the tokens are. Text, padding and references of unknown grid are text.
         feature_map: `"relu"`, `"elu"`, `"softmax"`, or a pair `(query_features, key_features)` of callables for a
-            learned map; see [`resolve_feature_map`]. The backward pass calls them again on the same tokens.
+            learned map; see [`resolve_feature_map`]. The backward pass calls them again on the same tokens, and they
+            have to give the same: no dropout.
         heads: Number of heads for grid queries, usually fewer than the model has (LiT): the concatenated heads are cut
             anew, before the feature map. Text queries keep the model's heads. `None` keeps them for all.
         mask: Boolean (True = visible) or additive, broadcastable to (batch, heads, tokens, tokens), the same for every
