@@ -196,6 +196,8 @@ def test_every_argument_of_a_processor_has_a_flag(kind: str, parsed: Any) -> Non
             changed[name] = "softmax"
         elif name == "direction":
             changed[name] = "alternate"
+        elif name == "gates":
+            changed[name] = "scalar"
         else:
             assert default is None, name
             changed[name] = 2

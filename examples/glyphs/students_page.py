@@ -27,7 +27,6 @@ COLUMNS = {
     "frechet": ("Fréchet", "{:.1f}"),
     "gap_accuracy": ("gap closed, accuracy", "{:.0%}"),
     "gap_agreement": ("gap closed, agreement", "{:.0%}"),
-    "training_seconds": ("training (s)", "{:.0f}"),
 }
 TEACHERS = ("teacher", "teacher, other seeds")
 
