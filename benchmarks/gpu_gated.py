@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from diffusers_linattn import TokenLayout, gated_linear_attention
 
-from gpu_timing import environment, extra_megabytes, measure, write
+from gpu_timing import copy_bandwidth, environment, extra_megabytes, measure, write
 
 
 SHAPES = {"flux": (24, 128), "dit-s": (6, 64)}
@@ -112,15 +112,6 @@ def limit(arguments: argparse.Namespace, inputs: list[torch.Tensor], backward: b
     read = query + key + value + gate
     moved = 2 * read + value if backward else read + value
     return moved / (arguments.bandwidth * 1e9)
-
-
-def copy_bandwidth() -> float:
-    """TB/s of a copy, read and write counted: what the memory of this GPU gives."""
-    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    milliseconds = measure({"copy": lambda: target.copy_(source)}, "cuda", 0.2)["copy"]
-    assert isinstance(milliseconds, float)
-    return 2 * source.numel() / milliseconds / 1e9
 
 
 def main() -> None:

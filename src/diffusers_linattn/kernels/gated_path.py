@@ -9,8 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from diffusers_linattn.kernels.linear_blocks import EPS, features
 
-_EPS = tl.constexpr(1e-6)  # that of `ops.reference`
+
 _LOWEST_GATE = tl.constexpr(-1e4)  # exp of it is 0, and sums of it stay finite
 
 
@@ -63,12 +64,8 @@ def load_gate(pointer, token, valid, channel, stride, DIM: tl.constexpr, SCALAR:
 def load_features(pointer, token, valid, channel, stride, DIM: tl.constexpr, FEATURES: tl.constexpr):
     """φ of a tile in fp32, 0 where there is no token or channel."""
     x = load_tile(pointer, token, valid, channel, stride, DIM).to(tl.float32)
-    if FEATURES == "relu":
-        x = tl.where(valid[:, None] & (channel < DIM)[None, :], tl.maximum(x, 0.0) + _EPS, 0.0)
-    elif FEATURES == "elu":
-        x = tl.where(
-            valid[:, None] & (channel < DIM)[None, :], tl.where(x > 0, x + 1, tl.exp(tl.minimum(x, 0.0))), 0.0
-        )
+    if FEATURES != "none":
+        x = tl.where(valid[:, None] & (channel < DIM)[None, :], features(x, FEATURES), 0.0)
     return x
 
 
@@ -76,7 +73,7 @@ def load_features(pointer, token, valid, channel, stride, DIM: tl.constexpr, FEA
 def through_features(gradient, phi, FEATURES: tl.constexpr):
     """The gradient of what φ was taken of, from that of φ and φ itself."""
     if FEATURES == "relu":
-        gradient = tl.where(phi > _EPS, gradient, 0.0)
+        gradient = tl.where(phi > EPS, gradient, 0.0)
     elif FEATURES == "elu":
         gradient = gradient * tl.minimum(phi, 1.0)
     return gradient

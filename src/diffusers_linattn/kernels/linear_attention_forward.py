@@ -12,11 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from diffusers_linattn.kernels.linear_blocks import features, load_block, load_state, multiply, split, store_block
+from diffusers_linattn.kernels.linear_blocks import EPS, features, load_block, load_state, multiply, split, store_block
 from diffusers_linattn.kernels.local_attention_forward import attend
-
-
-_EPS = tl.constexpr(1e-6)  # that of `ops.reference`
 
 
 @triton.jit(do_not_specialize=["heads", "num_tokens", "share"])
@@ -181,7 +178,7 @@ def product_kernel(
                 acc = multiply(phi, high, low, acc, SPLIT, PRECISION)
                 total += tl.sum(phi * tl.load(normalizer + here, mask=here < FEATURES, other=0.0)[None, :], 1)
         if NORMALIZED:
-            total += _EPS
+            total += EPS
             peak = tl.zeros([BLOCK_M], dtype=tl.float32)
             if HAS_TEXT:
                 text, channel = tl.arange(0, BLOCK_T), tl.arange(0, WIDE_K)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 
-_EPS = tl.constexpr(1e-6)  # that of `ops.reference`
+EPS = tl.constexpr(1e-6)  # that of `ops.reference`
 
 
 @triton.jit
@@ -46,7 +46,7 @@ def features(x, FEATURE_MAP: tl.constexpr):
     """φ in fp32; also of channels that do not exist, where the state is 0."""
     x = x.to(tl.float32)
     if FEATURE_MAP == "relu":
-        x = tl.maximum(x, 0.0) + _EPS
+        x = tl.maximum(x, 0.0) + EPS
     elif FEATURE_MAP == "elu":
         x = tl.where(x > 0, x + 1, tl.exp(tl.minimum(x, 0.0)))
     return x

@@ -10,13 +10,12 @@ import math
 import torch
 import torch.nn.functional as F
 
-from diffusers_linattn.kernels.local_attention import local_attention_triton
 from diffusers_linattn.layout import TokenLayout
 from diffusers_linattn.ops import reference
 from diffusers_linattn.ops.checks import check_attention_inputs, check_choice, check_positive_int, repeat_heads
 from diffusers_linattn.ops.features import FeatureMapArgument, full_precision, resolve_feature_map
-from diffusers_linattn.ops.local import IMPLS, local_attention
-from diffusers_linattn.ops.local_choice import choose_impl, why_not_triton
+from diffusers_linattn.ops.local import IMPLS, attend_in_kernel, local_attention
+from diffusers_linattn.ops.local_choice import choose_impl
 from diffusers_linattn.ops.masks import KeyMask, reduce_to_key_mask, take
 
 
@@ -163,14 +162,10 @@ def _attend_in_kernel(
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As [`_attend_with_null_key`], by the kernel that gives log Σ exp(s) as well."""
-    reason = why_not_triton(query, value, mask)
-    if reason is not None:
-        raise ValueError(f"impl='{impl}' cannot answer this call: {reason}.")
     while mask is not None and mask.ndim < 4:
         mask = mask[None]
     pooled = key[:, :, :0]
-    settings = (layout.encode(), window, temporal_window, scale)
-    out, lse = local_attention_triton(query, key, value, pooled, pooled, mask, *settings)
+    out, lse = attend_in_kernel(query, key, value, pooled, pooled, mask, layout, window, temporal_window, scale)
     lse = (lse * math.log(2)).masked_fill(lse == float("inf"), float("-inf"))[..., None]  # +inf: sees nothing
     divisor = lse.detach().clamp(min=0)
     total, null_weight = (lse - divisor).exp(), (-divisor).exp()

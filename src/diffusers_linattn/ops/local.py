@@ -92,11 +92,8 @@ def local_attention(
     if impl is None:
         impl = choose_impl(query, value, layout, window, temporal_window, mask)
     if impl == "triton":
-        reason = why_not_triton(query, value, mask)
-        if reason is not None:
-            raise ValueError(f"impl='triton' cannot answer this call: {reason}.")
-        settings = (layout.encode(), window, temporal_window, scale)
-        return local_attention_triton(query, key, value, pooled_key, pooled_value, mask, *settings)[0]
+        tensors = (query, key, value, pooled_key, pooled_value)
+        return attend_in_kernel(*tensors, mask, layout, window, temporal_window, scale)[0]
     heads = query.shape[1]
     key, value, pooled_key, pooled_value = (repeat_heads(x, heads) for x in (key, value, pooled_key, pooled_value))
     if impl == "reference":
@@ -118,6 +115,26 @@ def local_attention(
     if not window_covers(layout, window, temporal_window):
         mask = _with_window(mask, _window_mask(layout, window, temporal_window, query.device))
     return _dense(query, key, value, layout, pooled_key, pooled_value, mask, scale)
+
+
+def attend_in_kernel(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pooled_key: torch.Tensor,
+    pooled_value: torch.Tensor,
+    mask: torch.Tensor | None,
+    layout: TokenLayout,
+    window: int,
+    temporal_window: int | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `local_attention_triton` gives, or a ValueError that says why it cannot; a mask has 4 dimensions."""
+    reason = why_not_triton(query, value, mask)
+    if reason is not None:
+        raise ValueError(f"impl='triton' cannot answer this call: {reason}.")
+    settings = (layout.encode(), window, temporal_window, scale)
+    return local_attention_triton(query, key, value, pooled_key, pooled_value, mask, *settings)
 
 
 def _window_mask(layout: TokenLayout, window: int, temporal_window: int | None, device: torch.device) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from diffusers_linattn.kernels.launching import why_not
+from diffusers_linattn.kernels.launching import is_default_on
 from diffusers_linattn.layout import Segment, TokenLayout
 from diffusers_linattn.ops.checks import check_positive_int
 from diffusers_linattn.ops.local import local_attention
@@ -88,7 +88,7 @@ class ClearProcessor(BaseProcessor):
         pooled = ", with pooled keys" if self.down_factor > 1 else ""
         if layout is not None and window_covers(layout, self.window, self.temporal_window):
             return f"dense{pooled} (the window covers the grid)"
-        if device is None or device.type != "cuda" or why_not(str(device)) is not None:
+        if not is_default_on(device):
             return "tiled"
         if layout is not None and not window_wins(layout, self.window, self.temporal_window):
             return f"dense{pooled}, masked (the window leaves out too little to win)"

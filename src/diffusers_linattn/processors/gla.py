@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from diffusers_linattn.kernels.launching import why_not
+from diffusers_linattn.kernels.launching import is_default_on
 from diffusers_linattn.kernels.scan_paths import scan_path
 from diffusers_linattn.layout import Segment, TokenLayout
 from diffusers_linattn.ops.checks import check_choice, check_positive_int
@@ -105,7 +105,7 @@ class GLAProcessor(BaseProcessor):
     def implementation(self, layout: TokenLayout | None, device: torch.device | None = None) -> str:
         if self.impl is not None:
             return self.impl
-        return "triton" if device is not None and device.type == "cuda" and why_not(str(device)) is None else "chunked"
+        return "triton" if is_default_on(device) else "chunked"
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
         # Without a denominator there is none to share with the text, so that joint models always have one.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from diffusers_linattn.kernels.launching import why_not
+from diffusers_linattn.kernels.launching import is_default_on
 from diffusers_linattn.layout import TokenLayout
 from diffusers_linattn.ops.checks import check_choice, check_positive_int, repeat_heads
 from diffusers_linattn.ops.linear import IMPLS, linear_attention
@@ -99,7 +99,7 @@ class LinearProcessor(BaseProcessor):
     def implementation(self, layout: TokenLayout | None, device: torch.device | None = None) -> str:
         if self.impl is not None:
             return self.impl
-        return "triton" if device is not None and device.type == "cuda" and why_not(str(device)) is None else "torch"
+        return "triton" if is_default_on(device) else "torch"
 
 
 class HedgehogFeatures(nn.Module):
