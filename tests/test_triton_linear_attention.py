@@ -238,6 +238,10 @@ def test_processor_in_a_model(feature_map):
         model = linearize(tiny.flux(), LinearProcessor(feature_map=feature_map, impl=impl))
         outputs[impl] = model(**tiny.flux_inputs(5, 6, 3))[0]
         assert status(model).converted[0].implementation == impl
+        if impl == "torch":  # what a CPU gets by default, the interpreter or not
+            by_default = linearize(tiny.flux(), LinearProcessor(feature_map=feature_map))
+            assert status(by_default).converted[0].implementation == "torch"
+            assert torch.equal(by_default(**tiny.flux_inputs(5, 6, 3))[0], outputs["torch"])
     torch.testing.assert_close(outputs["triton"], outputs["torch"], atol=1e-5, rtol=1e-4)
 
 

@@ -93,11 +93,11 @@ def linear_attention(
         return with_text_queries(None, query, key, value, layout, mask, scale)
     key_mask = reduce_to_key_mask(mask, layout, query.dtype)
 
-    if impl is None or impl == "triton":
-        reason = why_not_triton(grid_query, grid_value, mask)
-        if impl == "triton" and reason is not None:
-            raise ValueError(f"impl='triton' cannot answer this call: {reason}.")
-        impl = "torch" if reason is not None else "triton"
+    if impl is None:
+        on_gpu = query.device.type == "cuda"
+        impl = "triton" if on_gpu and why_not_triton(grid_query, grid_value, mask) is None else "torch"
+    elif impl == "triton" and (reason := why_not_triton(grid_query, grid_value, mask)) is not None:
+        raise ValueError(f"impl='triton' cannot answer this call: {reason}.")
     compute = {"triton": _by_kernels, "torch": _by_products, "reference": _by_reference}[impl]
 
     def of_grid_queries(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
