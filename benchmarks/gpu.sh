@@ -18,22 +18,28 @@ memory_check() {
     -k "test_kernel_on_every_layout and 8 and bfloat16"
 }
 
-out_of_time() {
-  local status=$?
-  test "$status" -eq 124 || exit "$status"
-  echo "$1: out of time, run this part alone" >&2
+failed=0
+# A part that fails or runs out of time says so, and the others go on: each checks its own results before it times them,
+# and stores row by row what it has measured.
+part() {
+  local status=0
+  "$@" || status=$?
+  case "$status" in
+    0) ;;
+    124) echo "$1: out of time, run this part alone" >&2 ;;
+    *) echo "$1: failed" >&2; failed=1 ;;
+  esac
 }
 
 case "${1:-all}" in
   all)
-    # What has been measured is stored row by row, so that a part which runs out of time loses only its last rows.
-    # A test that fails ends everything.
-    tests 170 || out_of_time "tests"
-    windowed 110 --sides 128 256 64 512 --seconds 0.2 || out_of_time "windowed"
-    linear 40 --seconds 0.2 || out_of_time "linear"
-    gated 40 --seconds 0.2 || out_of_time "gated"
-    dit 60 || out_of_time "dit"
-    flux 110 || out_of_time "flux"
+    part tests 170
+    part windowed 110 --sides 128 256 64 512 --seconds 0.2
+    part linear 40 --seconds 0.2
+    part gated 40 --seconds 0.2
+    part dit 60
+    part flux 110
+    exit "$failed"
     ;;
   tests) tests ;;
   windowed) windowed 540 --flex-windows 8 16 32 ;;

@@ -31,7 +31,7 @@ from diffusers_linattn import GLAProcessor, LinearProcessor, linearize, status
 from diffusers_linattn.linearize import layers_of
 
 from gpu_timing import environment, measure, write
-from linear_attention import cpu_name, interleaved
+from linear_attention import cpu_name, interleaved, kept_bytes
 
 
 # Heads, head_dim, layers; of LiT's forms the heads.
@@ -164,24 +164,6 @@ def _attention_and_gradients(
     return torch.cat(outputs), torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
 
 
-def kept_megabytes(model: Any, inputs: dict[str, torch.Tensor]) -> float:
-    """What the forward pass keeps for the backward pass, each storage once, without weights."""
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # the tensor itself would refer to the node that saves it, and never be freed
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = loss_of(model, inputs)  # bound, so that nothing is freed and its address used again
-    total = sum(kept.values()) / 2**20
-    del loss
-    return round(total, 1)
-
-
 def compare(case: Case, name: str, device: str, seconds: float, rounds: int) -> dict[str, Any]:
     """One row: the memory of each method by itself, then all in turn."""
     row: dict[str, Any] = {**case.name, "pass": name, "batch": BATCH[name]}
@@ -207,7 +189,9 @@ def compare(case: Case, name: str, device: str, seconds: float, rounds: int) -> 
         if device == "cuda":
             memory[method] = round((torch.cuda.max_memory_allocated() - before) / 2**30, 2)
         elif name == "training":
-            memory[method] = kept_megabytes(model, make_inputs(case, BATCH[name], device, torch.float32))
+            inputs = make_inputs(case, BATCH[name], device, torch.float32)
+            kept = kept_bytes(functools.partial(loss_of, model, inputs), model.parameters())
+            memory[method] = round(kept / 2**20, 1)
         if method not in BASELINES:
             implementations[method] = status(model).converted[0].implementation
         runs[method] = run

@@ -24,6 +24,7 @@ from diffusers import FluxTransformer2DModel
 from diffusers_linattn import ClearProcessor, linearize, restore, status
 
 import windowed_methods as methods
+from gpu_operators import Method
 from gpu_timing import environment, write
 
 
@@ -50,7 +51,7 @@ class FlexProcessor(ClearProcessor):
 
 
 @functools.lru_cache(maxsize=2)
-def _flex(layout: Any, window: int, device: str, compiled: bool) -> methods.Method:
+def _flex(layout: Any, window: int, device: str, compiled: bool) -> Method:
     _, height, width = layout.grids[0].grid
     assert height == width, "this benchmark uses squares"
     return methods.flex(layout.num_text, height, window, device, tiled=False, compiled=compiled)

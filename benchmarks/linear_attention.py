@@ -14,7 +14,7 @@ import datetime
 import json
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -81,19 +81,19 @@ def interleaved(functions: dict[str, Callable[[], object]], rounds: int, device:
     return {name: min(times) for name, times in seconds.items()}
 
 
-def kept_bytes(function: Callable[[], torch.Tensor], inputs: list[torch.Tensor]) -> int:
-    """What autograd keeps of a forward pass beyond its inputs and its output."""
-    kept: dict[int, torch.UntypedStorage] = {}
+def kept_bytes(function: Callable[[], torch.Tensor], known: Iterable[torch.Tensor]) -> int:
+    """What autograd keeps of a forward pass, each storage once, beyond `known` tensors and the result."""
+    kept: dict[int, int] = {}
 
     def pack(x: torch.Tensor) -> torch.Tensor:
-        kept[x.untyped_storage().data_ptr()] = x.untyped_storage()
-        return x
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x.detach()  # the tensor itself would refer to the node that saves it, and never be freed
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        output = function()
-    for x in (*inputs, output):
+        result = function()  # bound, so that nothing is freed and its address used again
+    for x in (*known, result):
         kept.pop(x.untyped_storage().data_ptr(), None)
-    return sum(storage.nbytes() for storage in kept.values())
+    return sum(kept.values())
 
 
 def measure(side: int, training: bool, rounds: int, device: str) -> tuple[dict[str, float], dict[str, int]]:

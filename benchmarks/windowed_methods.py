@@ -13,15 +13,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from diffusers_linattn import TokenLayout, local_attention
 from diffusers_linattn.kernels.local_attention import local_attention_triton
 from diffusers_linattn.kernels.tile_configurations import choose_configuration, plan
 
+from gpu_operators import Method
 
-Method = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
 TILE = (16, 8)
 
 
@@ -31,16 +31,6 @@ def make_layout(text: int, side: int) -> TokenLayout:
 
 def ours(layout: TokenLayout, window: int) -> Method:
     return lambda q, k, v: local_attention(q, k, v, layout, window=window, impl="triton")
-
-
-def sdpa(backend: SDPBackend | None) -> Method:
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        if backend is None:
-            return F.scaled_dot_product_attention(q, k, v)
-        with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(q, k, v)
-
-    return attend
 
 
 def dense_under_the_mask(layout: TokenLayout, window: int) -> Method:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ from diffusers_linattn import (
     linearize,
     local_attention,
 )
+from diffusers_linattn.ops.features import resolve_feature_map
 
 import tiny
 
@@ -32,6 +35,8 @@ LAYOUTS = {
     "video 3x9x11": TokenLayout.image((3, 9, 11)),
     "reference": TokenLayout.joint(text=16, grid=(1, 20, 12), references=[(1, 7, 30)]),
 }
+# The reference sums in fp32 whatever comes in; the kernels round weights and states to bf16.
+GATED_FLOORS = {torch.bfloat16: 2 * torch.finfo(torch.bfloat16).eps, torch.float16: 1e-5, torch.float32: 1e-5}
 OPERATORS: dict[str, Any] = {
     "local": lambda q, k, v, layout, impl: local_attention(q, k, v, layout, window=5, impl=impl),
     "linear": lambda q, k, v, layout, impl: linear_attention(q, k, v, layout, impl=impl),
@@ -42,21 +47,39 @@ OPERATORS: dict[str, Any] = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_operators_and_gradients(operator: str, layout: str, dtype: torch.dtype) -> None:
+def test_default_operators_and_gradients(operator: str, layout: str, dtype: torch.dtype) -> None:
     tokens = LAYOUTS[layout]
     inputs = [torch.randn(2, 3, tokens.length, 64, dtype=dtype, device="cuda") for _ in range(3)]
     results = {}
     for name, kind, impl in (
         ("ours", dtype, None),
         ("same dtype", dtype, "reference"),
-        ("exact", torch.float64, None),
+        ("exact", torch.float64, "reference"),
     ):
         leaves = [x.to(kind).requires_grad_() for x in inputs]
-        output = OPERATORS[operator](*leaves, tokens, "reference" if name == "exact" else impl)
+        output = OPERATORS[operator](*leaves, tokens, impl)
         results[name] = [output.detach(), *torch.autograd.grad(output.square().sum(), leaves)]
-    for ours, same, exact in zip(results["ours"], results["same dtype"], results["exact"], strict=True):
-        floor = 1e-5 * exact.abs().max()
-        assert (ours - exact).abs().max() <= 2 * (same - exact).abs().max() + floor
+    floor = GATED_FLOORS[dtype] if operator == "gated" else 1e-5
+    assert_as_exact(results["ours"], results["same dtype"], results["exact"], floor)
+
+
+def in_poisoned_memory(run: Callable[[], list[torch.Tensor]]) -> list[torch.Tensor]:
+    """The results of a run whose new memory holds NaN; those of a second one are the same to the bit."""
+    torch.use_deterministic_algorithms(True)  # fills new memory
+    try:
+        results, again = run(), run()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for a, b in zip(results, again, strict=True):
+        assert torch.equal(a, b)
+    return results
+
+
+def assert_as_exact(ours: list, same: list, exact: list, floor: float = 1e-6) -> None:
+    """Our error against fp64 may be twice that of eager code in our dtype, and `floor` of the largest number."""
+    for a, s, e in zip(ours, same, exact, strict=True):
+        error, allowed = (a.double() - e).abs().max(), 2 * (s.double() - e).abs().max()
+        assert error <= allowed + floor * e.abs().max().clamp_min(1), f"{error:.1e}, allowed {allowed:.1e}"
 
 
 def results_and_gradients(impl: str, kind: torch.dtype, inputs: list, layout: TokenLayout, **kwargs: Any) -> list:
@@ -70,21 +93,11 @@ def results_and_gradients(impl: str, kind: torch.dtype, inputs: list, layout: To
 
 
 def check_kernel(layout: TokenLayout, dtype: torch.dtype, dim: int = 64, pooled: int = 0, **kwargs: Any) -> None:
-    """Against fp64, with memory that held NaN; the error may be twice that of the reference in the same dtype."""
     sizes = [layout.length] * 3 + [pooled] * 2 * bool(pooled)
     inputs = [torch.randn(2, n, 3, dim, dtype=dtype, device="cuda").transpose(1, 2) for n in sizes]
-    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
-    try:
-        ours = results_and_gradients("triton", dtype, inputs, layout, **kwargs)
-        again = results_and_gradients("triton", dtype, inputs, layout, **kwargs)
-    finally:
-        torch.use_deterministic_algorithms(False)
+    ours = in_poisoned_memory(lambda: results_and_gradients("triton", dtype, inputs, layout, **kwargs))
     same = results_and_gradients("reference", dtype, inputs, layout, **kwargs)
-    exact = results_and_gradients("reference", torch.float64, inputs, layout, **kwargs)
-    for a, b, s, e in zip(ours, again, same, exact, strict=True):
-        assert torch.equal(a, b)
-        error, allowed = (a.double() - e).abs().max(), 2 * (s.double() - e).abs().max()
-        assert error <= allowed + 1e-6 * e.abs().max().clamp_min(1), f"{error:.1e}, allowed {allowed:.1e}"
+    assert_as_exact(ours, same, results_and_gradients("reference", torch.float64, inputs, layout, **kwargs))
 
 
 @pytest.mark.parametrize(
@@ -149,25 +162,39 @@ def test_linear_kernels(dim: int, dtype: torch.dtype, text: int, feature_map: st
     layout = TokenLayout.joint(text=text, grid=(1, 53, 47))
     shape = (2, layout.length, 2, dim)
     inputs = [torch.randn(shape, dtype=dtype, device="cuda").transpose(1, 2) for _ in range(3)]
-    mask = torch.rand(2, 1, 1, layout.length, device="cuda") > 0.2
+    seen = torch.rand(2, 1, 1, layout.length, device="cuda") > 0.2 if text else None
 
-    def run(impl: str, kind: torch.dtype) -> list:
+    def run(attend: Callable[..., torch.Tensor], kind: torch.dtype, **kwargs: Any) -> list[torch.Tensor]:
         leaves = [x.to(kind).requires_grad_() for x in inputs]
-        output = linear_attention(*leaves, layout, feature_map=feature_map, mask=mask if text else None, impl=impl)
+        output = attend(*leaves, layout, feature_map=feature_map, mask=seen, **kwargs)
         weight = torch.linspace(-1, 1, output.numel(), device="cuda").reshape(output.shape).to(kind)
         return [output.detach(), *torch.autograd.grad((output * weight).sum(), leaves)]
 
-    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
-    try:
-        ours, again = run("triton", dtype), run("triton", dtype)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    # The reference raises everything to fp32: the rounding of the result, of φ and of the state is our own.
-    floor = {torch.bfloat16: 2**-7, torch.float16: 2**-9, torch.float32: 2e-5}[dtype]
-    for a, b, s, e in zip(ours, again, run("reference", dtype), run("reference", torch.float64), strict=True):
-        assert torch.equal(a, b)
-        error, allowed = (a.double() - e).abs().max(), 2 * (s.double() - e).abs().max()
-        assert error <= allowed + floor * e.abs().max(), f"{error:.1e}, allowed {allowed:.1e}"
+    ours = in_poisoned_memory(lambda: run(linear_attention, dtype, impl="triton"))
+    exact = run(linear_attention, torch.float64, impl="reference")
+    assert_as_exact(ours, run(all_pairs_in_one_dtype, dtype), exact, floor=16 * torch.finfo(torch.float32).eps)
+
+
+def all_pairs_in_one_dtype(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: TokenLayout,
+    feature_map: str,
+    mask: torch.Tensor | None,
+) -> torch.Tensor:
+    """Linear attention as eager code has it that never leaves the dtype of its inputs."""
+    of_query, of_key = resolve_feature_map(feature_map)
+    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+    products = of_query(query).to(query.dtype) @ of_key(key).to(key.dtype).transpose(-1, -2)
+    in_text = torch.ones(layout.length, dtype=torch.bool, device=query.device)
+    for segment in layout.grids:
+        in_text[segment.start : segment.stop] = False
+    weights = torch.where(in_text | in_text[:, None], scores.exp(), products)
+    if mask is not None:
+        weights = weights.masked_fill(~mask, 0)
+    weights = weights / weights.detach().amax(-1, keepdim=True)  # their sum may be out of fp16's range
+    return weights @ value / weights.sum(-1, keepdim=True)
 
 
 def test_kernel_is_chosen_and_captured_in_a_graph() -> None:
@@ -228,7 +255,7 @@ def gated_results(impl: str, kind: torch.dtype, inputs: list, layout: TokenLayou
     ids=str,
 )
 def test_gated_kernels(dim: int, dtype: torch.dtype, per_head: bool) -> None:
-    """Against fp64, with memory that held NaN; the error may be twice that of the reference in the same dtype."""
+    """As `check_kernel`, with gates that forget everything among others."""
     for seed, (layout, options) in enumerate(
         [
             (LAYOUTS["33x17, text 5"], {"order": "columns"}),
@@ -241,20 +268,10 @@ def test_gated_kernels(dim: int, dtype: torch.dtype, per_head: bool) -> None:
         inputs = [torch.randn(2, layout.length, 3, dim, dtype=dtype, device="cuda").transpose(1, 2) for _ in range(3)]
         inputs.append(-torch.rand(2, 3, layout.length, 1 if per_head else dim, device="cuda").to(dtype))
         inputs[3][:, :, ::7] = -1e4
-        torch.use_deterministic_algorithms(True)  # fills new memory with NaN
-        try:
-            ours = gated_results("triton", dtype, inputs, layout, **options)
-            again = gated_results("triton", dtype, inputs, layout, **options)
-        finally:
-            torch.use_deterministic_algorithms(False)
+        ours = in_poisoned_memory(partial(gated_results, "triton", dtype, inputs, layout, **options))
         same = gated_results("reference", dtype, inputs, layout, **options)
         exact = gated_results("reference", torch.float64, inputs, layout, **options)
-        for a, b, s, e in zip(ours, again, same, exact, strict=True):
-            assert torch.equal(a, b)
-            # The reference computes sums in fp32 whatever comes in; the kernels round weights and states to bf16.
-            error, allowed = (a.double() - e).abs().max(), 2 * (s.double() - e).abs().max()
-            floor = 2 * torch.finfo(dtype).eps if dtype == torch.bfloat16 else 1e-5
-            assert error <= allowed + floor * e.abs().max().clamp_min(1e-3), f"{error:.1e}, allowed {allowed:.1e}"
+        assert_as_exact(ours, same, exact, GATED_FLOORS[dtype])
 
 
 def test_gated_heads_in_several_launches(monkeypatch: pytest.MonkeyPatch) -> None:
