@@ -24,7 +24,7 @@ from diffusers_linattn.training.config import DistillConfig
 from diffusers_linattn.training.environment import accelerator_for, check_trackers, model_options, trackers
 from diffusers_linattn.training.loop import Loop, Row, check_batch, prompt_dropout_of
 from diffusers_linattn.training.objective import objective_of
-from diffusers_linattn.training.optimizers import check_optimizer
+from diffusers_linattn.training.optimizers import check_optimizer, check_parameters
 from diffusers_linattn.training.phases import STAGES, end_to_end_phases, last_layer_losses, transfer_phases
 from diffusers_linattn.training.teacher_student import TERMS
 from diffusers_linattn.training.trainable import check_trainable, in_training, trained_parameters
@@ -94,6 +94,7 @@ def distill(
         _check_directory(output_dir, settings)
         checkpoint = checkpoint_to_resume(output_dir, config.resume_from_checkpoint)
         with trained_parameters(model, layers, config) as parameters:
+            check_parameters(config, parameters.values())
             _check_disk(output_dir, parameters, config)
             accelerator.wait_for_everyone()  # all have looked at the directory
             if accelerator.is_main_process:
