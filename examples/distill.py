@@ -109,18 +109,7 @@ def main() -> None:
         args.pretrained_model_name_or_path, dtype=dtype, revision=args.revision, variant=args.variant
     ).to(state.device)
 
-    samples = make_samples(
-        pipe,
-        args.prompts,
-        args.output_dir / "samples",
-        num_samples=args.num_samples,
-        batch_size=args.sample_batch_size,
-        resolutions=None if args.height is None else [(args.height, args.width)],
-        guidance_scale=args.guidance_scale,
-        num_inference_steps=args.num_inference_steps,
-        seed=args.seed,
-    )
-
+    # What can be wrong with the settings is found before the samples are made.
     config = DistillConfig(
         trainable="lora" if args.rank else "attention",
         rank=args.rank or 64,
@@ -144,10 +133,25 @@ def main() -> None:
         seed=args.seed,
     )
     student = args.output_dir / "student"
-    if (student / "linear_attention_config.json").exists():  # trained by an earlier run
+    trained = (student / "linear_attention_config.json").exists()  # by an earlier run
+    if trained:
         load_linear_attention(pipe, student)
     else:
         linearize(pipe, args.template, layers=args.layers)
+
+    # The original attention makes them, whatever the pipeline has by now.
+    samples = make_samples(
+        pipe,
+        args.prompts,
+        args.output_dir / "samples",
+        num_samples=args.num_samples,
+        batch_size=args.sample_batch_size,
+        resolutions=None if args.height is None else [(args.height, args.width)],
+        guidance_scale=args.guidance_scale,
+        num_inference_steps=args.num_inference_steps,
+        seed=args.seed,
+    )
+    if not trained:
         distill(pipe, samples, student, config)
 
     if not state.is_main_process:

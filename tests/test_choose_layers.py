@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from pipelines import PIPELINES
 
 from diffusers_linattn import ClearProcessor, LinearProcessor, choose_layers, distill, linearize, make_samples
 from diffusers_linattn.linearize import layers_of
@@ -45,6 +46,28 @@ def test_the_layers_that_lose_most_stay_dense(samples: Samples, tmp_path: Path) 
     linearize(pipe, choice.mapping)
     curves = distill(pipe, samples, tmp_path / "student", transfer_steps=1, steps=1, batch_size=2)
     assert set(choice.layers) < set(curves["transfer"][0])
+
+
+def test_prompts_are_dropped_only_where_distill_drops_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FLUX with guidance distilled into it never predicts without a prompt, Lumina 2 has nothing for no prompt."""
+    case = PIPELINES["Lumina2"]
+    lumina = case.make()
+    call = {"num_samples": 2, "resolutions": list(case.sizes[:1]), "num_inference_steps": 2}
+    without = make_samples(lumina, list(case.prompts[:2]), tmp_path / "lumina", call_arguments=case.call, **call)
+    assert not without.has_null
+    choose_layers(lumina, LinearProcessor(), without, steps=2, batch_size=2, prompt_dropout=1.0)
+    flux = tiny.flux_pipeline(guidance_embeds=True)
+    distilled = make_samples(flux, ["a cat"], tmp_path / "flux", call_arguments={"max_sequence_length": 8}, **call)
+    assert distilled.has_null
+    batch, dropped = Samples.batch, []
+
+    def noted(self: Samples, indices: Any, without_prompt: Any) -> Any:
+        dropped.extend(without_prompt)
+        return batch(self, indices, without_prompt)
+
+    monkeypatch.setattr(Samples, "batch", noted)
+    choose_layers(flux, LinearProcessor(), distilled, steps=2, batch_size=2, prompt_dropout=1.0)
+    assert dropped == [False] * 4
 
 
 @pytest.mark.parametrize(

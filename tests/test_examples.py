@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import PartialState
 from PIL import Image
 
 from diffusers_linattn import ClearProcessor, load_linear_attention
@@ -123,6 +124,31 @@ def test_distill_stopped_goes_on_to_the_same_end(tmp_path: Path) -> None:
     pipe = load_linear_attention(tiny.flux_pipeline(), student)
     with torch.no_grad():
         assert pipe.transformer(**tiny.flux_inputs())[0].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("flags", "match"),
+    [
+        (["--learning_rate", "0"], "learning_rate must be a number above 0"),
+        (["--validation_prompt", "a cat"], "validation_prompts are not used without validation_steps"),
+        (["--layers", "blocks.*"], "blocks"),
+    ],
+)
+def test_settings_that_make_no_sense_are_found_before_samples_are_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], match: str
+) -> None:
+    tiny.flux_pipeline().save_pretrained(tmp_path / "pipeline")
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    paths = {"pretrained_model_name_or_path": "pipeline", "prompts": "prompts.txt", "output_dir": "output"}
+    given = [part for name, file in paths.items() for part in (f"--{name}", str(tmp_path / file))]
+    monkeypatch.setattr(sys, "argv", ["distill.py", *given, *flags])
+    main = runpy.run_path(str(EXAMPLES / "distill.py"))["main"]
+    try:
+        with pytest.raises(ValueError, match=match):
+            main()
+    finally:
+        PartialState._reset_state()
+    assert not (tmp_path / "output").exists()
 
 
 def test_the_training_example_is_short_and_explains_itself(

@@ -229,6 +229,7 @@ def test_pictures_of_videos_and_of_classes() -> None:
         ("no/such/file.txt", {}, "is no file"),
         (PROMPTS, {"num_samples": 0}, "num_samples must be"),
         (PROMPTS, {"batch_size": 1.5}, "batch_size must be"),
+        (PROMPTS, {"num_inference_steps": 0}, "num_inference_steps must be"),
         (PROMPTS, {"resolutions": []}, "resolutions is empty"),
         (PROMPTS, {"resolutions": [24]}, r"resolutions\[0\] is 24, expected \(height, width\)"),
         (PROMPTS, {"resolutions": [(24, 0)]}, r"resolutions\[0\] must be"),

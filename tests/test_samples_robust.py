@@ -187,7 +187,7 @@ def test_an_interrupted_run_goes_on_without_making_anything_twice(
     monkeypatch.setattr(type(pipe), "__call__", counted)
     with pytest.raises(KeyboardInterrupt):
         make_samples(pipe, PROMPTS, tmp_path, **CALL)
-    with pytest.raises(ValueError, match=r"manifest.json does not exist"):
+    with pytest.raises(ValueError, match=r"manifest.json does not exist: .* Run make_samples \(again\)"):
         Samples(tmp_path)
     first = len(list(tmp_path.glob("samples-*")))
     made.clear()

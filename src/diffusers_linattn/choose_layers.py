@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from diffusers_linattn.processors import BaseProcessor
 from diffusers_linattn.samples import ONE_TRANSFORMER, Samples
 from diffusers_linattn.training.config import DistillConfig
 from diffusers_linattn.training.environment import accelerator_for, model_options
-from diffusers_linattn.training.loop import Loop, check_batch
+from diffusers_linattn.training.loop import Loop, check_batch, prompt_dropout_of
 from diffusers_linattn.training.objective import objective_of
 from diffusers_linattn.training.optimizers import check_optimizer
 from diffusers_linattn.training.phases import last_layer_losses, transfer_phases
@@ -88,6 +88,7 @@ def choose_layers(
     number_dense = _number_dense(keep, len(names))
     samples = samples if isinstance(samples, Samples) else Samples(samples)
     samples.check_fits(pipe)
+    settings = replace(settings, prompt_dropout=prompt_dropout_of(model, samples, settings))
     linearize(model, processor)
     try:
         losses = _transfer_losses(pipe, model, samples, settings)

@@ -22,9 +22,9 @@ from diffusers_linattn.samples import ONE_TRANSFORMER, Samples
 from diffusers_linattn.training.checkpoints import checkpoint_to_resume, find_checkpoints, remove_checkpoints
 from diffusers_linattn.training.config import DistillConfig
 from diffusers_linattn.training.environment import accelerator_for, check_trackers, model_options, trackers
-from diffusers_linattn.training.loop import Loop, Row, check_batch
+from diffusers_linattn.training.loop import Loop, Row, check_batch, prompt_dropout_of
 from diffusers_linattn.training.objective import objective_of
-from diffusers_linattn.training.optimizers import check_optimizer
+from diffusers_linattn.training.optimizers import check_optimizer, check_parameters
 from diffusers_linattn.training.phases import STAGES, end_to_end_phases, last_layer_losses, transfer_phases
 from diffusers_linattn.training.teacher_student import TERMS
 from diffusers_linattn.training.trainable import check_trainable, in_training, trained_parameters
@@ -85,7 +85,7 @@ def distill(
     objective = objective_of(pipe)
     samples = samples if isinstance(samples, Samples) else Samples(samples)
     samples.check_fits(pipe)
-    config = replace(config, prompt_dropout=_prompt_dropout(model, samples, config))
+    config = replace(config, prompt_dropout=prompt_dropout_of(model, samples, config))
     output_dir = Path(output_dir)
     validate = Validation.of(pipe, samples, config, output_dir)
     with accelerator_for(model, config, output_dir) as accelerator, model_options(model, config):
@@ -94,6 +94,7 @@ def distill(
         _check_directory(output_dir, settings)
         checkpoint = checkpoint_to_resume(output_dir, config.resume_from_checkpoint)
         with trained_parameters(model, layers, config) as parameters:
+            check_parameters(config, parameters.values())
             _check_disk(output_dir, parameters, config)
             accelerator.wait_for_everyone()  # all have looked at the directory
             if accelerator.is_main_process:
@@ -167,19 +168,6 @@ def _check_disk(directory: Path, parameters: Mapping[str, nn.Parameter], config:
             f"output_dir {directory} has {free / 1e9:.1f} GB free, its checkpoints need {needed / 1e9:.1f} GB more: "
             "lower checkpoints_total_limit, or give another output_dir."
         )
-
-
-def _prompt_dropout(model: Any, samples: Samples, config: DistillConfig) -> float:
-    """Only models that are guided by two predictions have to predict without a prompt."""
-    given, plan = samples.manifest["settings"]["call_arguments"], samples.manifest["plan"]
-    scale = given.get("guidance_scale")
-    # Where there is a true_cfg_scale, guidance_scale is an input of the model or nothing.
-    has_scale = "true_cfg_scale" not in plan["without_guidance"] and not getattr(
-        model.config, "guidance_embeds", False
-    )
-    by_scale = has_scale and (scale is None or scale > 1)
-    by_negative_prompt = given.get("true_cfg_scale", 1.0) > 1
-    return config.prompt_dropout if samples.has_null and (by_scale or by_negative_prompt) else 0.0
 
 
 def _last_losses(curves: Curves, steps: int = 100) -> dict[str, float]:

@@ -67,6 +67,8 @@ def make_samples(
     """
     for name, number in (("num_samples", num_samples), ("batch_size", batch_size)):
         check_positive_int(name, number)
+    if num_inference_steps is not None:
+        check_positive_int("num_inference_steps", num_inference_steps)
     call = dict(call_arguments or {})
     for name, value in (("guidance_scale", guidance_scale), ("num_inference_steps", num_inference_steps)):
         if value is not None:

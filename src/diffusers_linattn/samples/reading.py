@@ -65,7 +65,13 @@ class Samples:
 
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
-        self.manifest = read_json(self.directory / MANIFEST_NAME)
+        manifest = self.directory / MANIFEST_NAME
+        if not manifest.exists():  # written last
+            raise ValueError(
+                f"{manifest} does not exist: these are no samples, or not all of them yet. Run make_samples (again): "
+                "it goes on where it was stopped."
+            )
+        self.manifest = read_json(manifest)
         version = self.manifest.get("format_version")
         if version != FORMAT_VERSION:
             raise ValueError(

@@ -335,6 +335,19 @@ def check_batch(samples: Samples, config: DistillConfig, accelerator: Accelerato
         )
 
 
+def prompt_dropout_of(model: Any, samples: Samples, config: DistillConfig) -> float:
+    """The share of samples trained without their prompt: only models that are guided by two predictions need it."""
+    given, plan = samples.manifest["settings"]["call_arguments"], samples.manifest["plan"]
+    scale = given.get("guidance_scale")
+    # Where there is a true_cfg_scale, guidance_scale is an input of the model or nothing.
+    has_scale = "true_cfg_scale" not in plan["without_guidance"] and not getattr(
+        model.config, "guidance_embeds", False
+    )
+    by_scale = has_scale and (scale is None or scale > 1)
+    by_negative_prompt = given.get("true_cfg_scale", 1.0) > 1
+    return config.prompt_dropout if samples.has_null and (by_scale or by_negative_prompt) else 0.0
+
+
 def _append(path: Path, row: Row) -> None:
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")

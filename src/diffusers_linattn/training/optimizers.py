@@ -26,17 +26,33 @@ def check_optimizer(config: DistillConfig) -> None:
     """Raise if the optimizer or the schedule of this configuration cannot be made.
 
     Raises:
-        ValueError: An unknown name, a package that is missing, arguments that the optimizer does not take, or one that
-            cannot be divided among processes.
+        ValueError: An unknown name, a package that is missing, arguments that the optimizer does not take, one that
+            cannot be divided among processes, or one that steps otherwise than from gradients (LBFGS, SparseAdam).
     """
-    # Whole, because processes may not be connected yet.
-    whole = replace(config, shard_optimizer=False)
-    optimizer = make_optimizer(whole, [nn.Parameter(torch.zeros(1))], config.learning_rate)
+    # Whole, because processes may not be connected yet; a matrix, because Muon takes nothing else.
+    whole, weight = replace(config, shard_optimizer=False), nn.Parameter(torch.zeros(1, 1))
+    weight.grad = torch.zeros_like(weight)
+    optimizer = make_optimizer(whole, [weight], config.learning_rate)
+    if config.optimizer.lower() not in OTHER_PACKAGES:  # those may step on a GPU alone
+        try:
+            optimizer.step()
+        except (TypeError, RuntimeError) as error:
+            raise ValueError(
+                f"{type(optimizer).__name__} needs more for a step than gradients ({error}): take another optimizer, "
+                "such as AdamW."
+            ) from error
     if config.shard_optimizer and config.optimizer.lower() in OTHER_PACKAGES:
         raise ValueError(
             f"shard_optimizer divides optimizers of torch.optim, parameter by parameter; {config.optimizer} is none."
         )
     make_schedule(config, optimizer, 1)
+
+
+def check_parameters(config: DistillConfig, parameters: Iterable[nn.Parameter]) -> None:
+    """Raise if the optimizer does not take parameters of these shapes: Muon takes matrices, and no biases."""
+    shapes = [nn.Parameter(torch.empty_like(parameter, device="meta")) for parameter in parameters]
+    if config.optimizer.lower() not in OTHER_PACKAGES:
+        make_optimizer(replace(config, shard_optimizer=False), shapes, config.learning_rate)
 
 
 def make_optimizer(config: DistillConfig, parameters: Iterable[nn.Parameter], learning_rate: float) -> Any:
