@@ -74,6 +74,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--lr_scheduler", default="cosine")
     parser.add_argument("--lr_warmup_steps", type=int, default=0)
     parser.add_argument("--optimizer", default="AdamW")
+    parser.add_argument("--use_8bit_adam", action="store_true", help="the same as --optimizer adamw8bit")
+    parser.add_argument("--max_grad_norm", type=float, default=1.0)
+    parser.add_argument("--use_ema", action="store_true", help="save a moving average of the weights (decay 0.9999)")
     parser.add_argument("--mixed_precision", choices=["no", "bf16", "fp16"], default="no")
     parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument("--checkpointing_steps", type=int, default=500)
@@ -121,7 +124,9 @@ def main() -> None:
         learning_rate=args.learning_rate,
         lr_scheduler=args.lr_scheduler,
         lr_warmup_steps=args.lr_warmup_steps,
-        optimizer=args.optimizer,
+        optimizer="adamw8bit" if args.use_8bit_adam else args.optimizer,
+        max_grad_norm=args.max_grad_norm,
+        ema_decay=0.9999 if args.use_ema else None,
         mixed_precision=args.mixed_precision,
         gradient_checkpointing=args.gradient_checkpointing,
         checkpointing_steps=args.checkpointing_steps,
@@ -132,14 +137,9 @@ def main() -> None:
         report_to=args.report_to,
         seed=args.seed,
     )
-    student = args.output_dir / "student"
-    trained = (student / "linear_attention_config.json").exists()  # by an earlier run
-    if trained:
-        load_linear_attention(pipe, student)
-    else:
-        linearize(pipe, args.template, layers=args.layers)
+    linearize(pipe, args.template, layers=args.layers)
 
-    # The original attention makes them, whatever the pipeline has by now.
+    # The original attention makes them.
     samples = make_samples(
         pipe,
         args.prompts,
@@ -151,7 +151,10 @@ def main() -> None:
         num_inference_steps=args.num_inference_steps,
         seed=args.seed,
     )
-    if not trained:
+    student = args.output_dir / "student"
+    if (student / "linear_attention_config.json").exists():  # trained by an earlier run
+        load_linear_attention(pipe, student)
+    else:
         distill(pipe, samples, student, config)
 
     if not state.is_main_process:

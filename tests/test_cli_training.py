@@ -128,6 +128,7 @@ def test_prompts_pictures_and_resolutions(tmp_path: Path, capsys: pytest.Capture
 VALUES: dict[str, tuple[list[str], Any]] = {
     "optimizer_arguments": (['{"weight_decay": 0.1}'], {"weight_decay": 0.1}),
     "validation_prompts": (["a cat", "3"], ("a cat", "3")),
+    "validation_metrics": (["lpips", "fid"], ("lpips", "fid")),
     "report_to": (["tensorboard"], ("tensorboard",)),
     "trainable": (["lora"], "lora"),
     "timestep_sampling": (["logit_normal"], "logit_normal"),

@@ -60,6 +60,7 @@ CALL: dict[str, Any] = {
 }
 QUICK: dict[str, Any] = {"transfer_steps": 6, "steps": 6, "batch_size": 3, "checkpointing_steps": 4}
 WEIGHTS = "linear_attention.safetensors"
+RESULT_FILES = ["linear_attention_config.json", WEIGHTS, "metrics.jsonl", "run.json"]
 
 
 @pytest.fixture
@@ -105,8 +106,7 @@ def test_it_learns_saves_and_restores(pipe: Any, samples: Samples, tmp_path: Pat
     assert set(curves["transfer"][0]) == {"step", "stage", "learning_rate", "loss", *names}
     lines = (tmp_path / "student" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["loss"] for line in lines] == [row["loss"] for row in [*sum(curves.values(), [])]]
-    files = ["linear_attention_config.json", WEIGHTS, "metrics.jsonl", "run.json"]
-    assert sorted(path.name for path in (tmp_path / "student").iterdir()) == sorted(files)
+    assert sorted(path.name for path in (tmp_path / "student").iterdir()) == sorted(RESULT_FILES)
     after = pipe.transformer.state_dict()
     changed = {name for name in state if not torch.equal(after[name], state[name])}
     assert changed
@@ -261,6 +261,37 @@ distill(pipe, {samples!r}, {output!r}, transfer_steps=3, steps=3, batch_size=2, 
 # The processes are still connected.
 distill(pipe, {samples!r}, {output!r} + "-again", transfer_steps=1, steps=0, batch_size=1)
 """
+
+
+def test_two_runs_do_not_share_a_directory(samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, output = Samples.batch, tmp_path / "student"
+    options = {"transfer_steps": 2, "steps": 0, "batch_size": 2}
+
+    def starts_another(self: Samples, *arguments: Any) -> Any:
+        monkeypatch.setattr(Samples, "batch", batch)
+        with pytest.raises(ValueError, match="another run is training into it"):
+            distill(student(), samples, output, **options)
+        return batch(self, *arguments)
+
+    monkeypatch.setattr(Samples, "batch", starts_another)
+    curves = distill(student(), samples, output, **options)
+    assert len(curves["transfer"]) == (output / "metrics.jsonl").read_text().count("\n") == 2
+    assert sorted(path.name for path in output.iterdir()) == sorted(RESULT_FILES)
+
+
+def test_validation_measures_what_is_asked_for(samples: Samples, tmp_path: Path) -> None:
+    def brightness(images: torch.Tensor, prompts: Any) -> float:
+        assert prompts == ["a cat"]
+        return float(images.mean())
+
+    settings = {"transfer_steps": 1, "steps": 0, "batch_size": 2, "validation_steps": 1}
+    validation = {"validation_prompts": ["a cat"], "validation_metrics": [brightness]}
+    distill(student(), samples, tmp_path / "student", **settings, **validation)
+    row = json.loads((tmp_path / "student" / "validation.jsonl").read_text())
+    assert 0 < row["brightness"] < 1
+    with pytest.raises(ValueError, match="Unknown metric 'sharpness'"):
+        distill(student(), samples, tmp_path / "new", **settings, validation_metrics=["sharpness"])
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.slow
@@ -512,6 +543,7 @@ def test_bad_requests_fail_before_the_work(pipe: Any, samples: Samples, tmp_path
         ({"batch_size": 11}, "holds 10 samples, too few for batches of 11"),
         ({"optimizer": "adamx"}, "Unknown optimizer 'adamx': expected one of"),
         ({"validation_prompts": ["a cat"]}, "validation_prompts are not used without validation_steps"),
+        ({"validation_metrics": ["lpips"]}, "validation_metrics are not used without validation_steps"),
         ({"optimizer": "LBFGS"}, "LBFGS needs more for a step than gradients"),
         ({"optimizer": "sparseadam"}, "SparseAdam needs more for a step than gradients"),
         ({"optimizer": "Muon"}, r"Muon only supports 2D parameters .*\[32\]"),

@@ -146,6 +146,29 @@ def test_several_pipelines_in_one_table(pipe: Any, tmp_path: Path) -> None:
         Evaluation.join({"reference": linear})
 
 
+def test_no_other_evaluation_is_written_over(pipe: Any, tmp_path: Path) -> None:
+    settings = {"call_arguments": tiny.FLUX_CALL, "output_dir": tmp_path}
+    evaluate(pipe, PROMPTS, **settings)
+    result = evaluate(pipe, PROMPTS, metrics=[brightness], **settings)  # the same with one number more
+    written = (tmp_path / "evaluation.json").read_text()
+    assert "brightness" in written
+    for changes, named in [
+        ({"prompts": ["a dog"]}, "prompts and seeds"),
+        ({"seed": 5}, "seeds"),
+        ({"name": "other"}, "pipelines"),
+        ({"call_arguments": {**tiny.FLUX_CALL, "guidance_scale": 2.0}}, "call arguments"),
+    ]:
+        with (
+            pipe.transformer.register_forward_pre_hook(lambda *_: pytest.fail("too late")),
+            pytest.raises(ValueError, match=f"holds an evaluation with other {named}: give another output_dir"),
+        ):
+            evaluate(pipe, **{"prompts": PROMPTS, **settings, **changes})
+    assert (tmp_path / "evaluation.json").read_text() == written
+    (tmp_path / "evaluation.json").unlink()
+    with pytest.raises(ValueError, match=r"holds a evaluation.md of something else"):
+        result.save(tmp_path)
+
+
 def test_the_files(pipe: Any, tmp_path: Path) -> None:
     prompts = ["a | cat", "a very long prompt of a red cat and a red dog and the letter", "日本\n語"]
     result = evaluate(

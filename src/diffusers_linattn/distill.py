@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -21,7 +22,14 @@ from diffusers_linattn.lora import lora_to_save
 from diffusers_linattn.samples import ONE_TRANSFORMER, Samples
 from diffusers_linattn.training.checkpoints import checkpoint_to_resume, find_checkpoints, remove_checkpoints
 from diffusers_linattn.training.config import DistillConfig
-from diffusers_linattn.training.environment import accelerator_for, check_trackers, model_options, trackers
+from diffusers_linattn.training.environment import (
+    LOCK_NAME,
+    accelerator_for,
+    check_trackers,
+    model_options,
+    sole_trainer,
+    trackers,
+)
 from diffusers_linattn.training.loop import Loop, Row, check_batch, prompt_dropout_of
 from diffusers_linattn.training.objective import objective_of
 from diffusers_linattn.training.optimizers import check_optimizer, check_parameters
@@ -68,8 +76,8 @@ def distill(
 
     Raises:
         ValueError: Nothing to train, samples of another model or too few for a batch, a setting that does not exist
-            or does not fit, an output directory that holds something else, too little disk space; or
-            ([`DivergedError`]) a loss that is not finite.
+            or does not fit, an output directory that holds something else or that another run trains into, too little
+            disk space; or ([`DivergedError`]) a loss that is not finite.
 
     Example:
         >>> linearize(pipe, ClearProcessor(window=16))  # doctest: +SKIP
@@ -93,11 +101,12 @@ def distill(
         settings = _settings(config, layers, samples, accelerator)
         _check_directory(output_dir, settings)
         checkpoint = checkpoint_to_resume(output_dir, config.resume_from_checkpoint)
-        with trained_parameters(model, layers, config) as parameters:
+        with trained_parameters(model, layers, config) as parameters, ExitStack() as alone:
             check_parameters(config, parameters.values())
             _check_disk(output_dir, parameters, config)
             accelerator.wait_for_everyone()  # all have looked at the directory
             if accelerator.is_main_process:
+                alone.enter_context(sole_trainer(output_dir))
                 write_json(output_dir / RUN_NAME, settings)
             loop = Loop(accelerator, config, samples, objective, model, parameters, output_dir, validate)
             phases = transfer_phases(model, layers, samples.call, parameters, config)
@@ -136,7 +145,7 @@ def _check_directory(directory: Path, settings: Mapping[str, Any]) -> None:
     if not directory.is_dir():
         raise ValueError(f"output_dir {directory} is a file: give a directory that is empty or new.")
     if not (directory / RUN_NAME).exists():
-        if any(directory.iterdir()):
+        if any(path.name != LOCK_NAME for path in directory.iterdir()):
             raise ValueError(f"output_dir {directory} holds other files: give a directory that is empty or new.")
         return
     known = read_json(directory / RUN_NAME)

@@ -58,7 +58,7 @@ def evaluate(
             A function gets the pictures, fp32 in [0, 1], `(pictures, 3, height, width)` (of videos `(pictures, frames,
             3, height, width)`), and the list of their prompts, and returns a number or a dict of numbers. A dict
             gives metrics other names, or `"lpips"`, `"clip"`, `"fid"` other weights: `{"clip": "folder or Hub id"}`.
-        output_dir: Where `evaluation.json`, `evaluation.md` and `grid.png` go.
+        output_dir: Where `evaluation.json`, `evaluation.md` and `grid.png` go, over those of the same evaluation.
         call_arguments: For the pipeline's call, such as `{"height": 512, "width": 512, "guidance_scale": 3.5}`.
         name: What the pipeline is called in the table.
         other_seed: Whether the reference draws every prompt from a second seed too, which says how far apart equally
@@ -69,7 +69,8 @@ def evaluate(
 
     Raises:
         ValueError: Nothing is converted and no other reference given, no prompts, a metric whose package or weights
-            are missing, or pictures other than those of the reference. All but a metric's own errors come before the
+            are missing, pictures other than those of the reference, or an `output_dir` that holds another evaluation:
+            of other prompts, seeds, call arguments or layers. All but a metric's own errors come before the
             first picture.
 
     Example:
@@ -87,9 +88,10 @@ def evaluate(
             "or give another pipeline as reference=."
         )
     request = plan_request(pipe, prompts, samples, drawn, num_images, seed, batch_size, call_arguments)
-    measures = make_measures(metrics, request.prompts, _device_of(pipe))
+    measures = make_measures(metrics, request.prompts, device_of(pipe))
+    settings = _settings(pipe, request, name)
     if output_dir is not None:
-        check_directory(Path(output_dir))
+        check_directory(Path(output_dir), settings)
     count = len(request.prompts)
     pictures: dict[str, Pictures] = {}
     with tqdm(total=count * (1 + (drawn is None) + other_seed), desc="pictures", unit="picture", leave=False) as bar:
@@ -99,7 +101,7 @@ def evaluate(
             later = replace(request, seeds=tuple(seed + count for seed in request.seeds))
             pictures[OTHER_SEED] = draw_reference(pipe, reference, later, bar)
     rows = {row: measure(measures, made, pictures[REFERENCE]) for row, made in pictures.items()}
-    result = Evaluation(rows, pictures, _settings(pipe, request, name))
+    result = Evaluation(rows, pictures, settings)
     if output_dir is not None:
         result.save(output_dir)
     return result
@@ -116,7 +118,8 @@ def draw_reference(pipe: Any, reference: Any, request: Request, progress: Any) -
         torch.clear_autocast_cache()
 
 
-def _device_of(pipe: Any) -> torch.device:
+def device_of(pipe: Any) -> torch.device:
+    """Where a pipeline computes."""
     # With offloading, `device` is where the weights wait.
     return torch.device(getattr(pipe, "_execution_device", None) or pipe.device)
 

@@ -51,7 +51,7 @@ GROUPS = {
     ),
     "memory and speed": ("mixed_precision", "gradient_checkpointing", "shard_optimizer", "compile"),
     "checkpoints": ("checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint"),
-    "validation and trackers": ("validation_steps", "validation_prompts", "report_to"),
+    "validation and trackers": ("validation_steps", "validation_prompts", "validation_metrics", "report_to"),
 }
 
 

@@ -13,7 +13,7 @@ import torch
 
 from diffusers_linattn.evaluation.metrics import as_text
 from diffusers_linattn.evaluation.pictures import Pictures
-from diffusers_linattn.files import nearest_existing, write_atomically, write_json
+from diffusers_linattn.files import as_read_back, nearest_existing, read_json, write_atomically, write_json
 
 
 REFERENCE = "reference"
@@ -26,6 +26,8 @@ HEADINGS = {
     "clip": "CLIP score",
     "fid": "FID",
 }
+RESULT_NAME, TABLE_NAME, GRID_NAME = "evaluation.json", "evaluation.md", "grid.png"
+IDENTITY = ("prompts", "seeds", "call_arguments", "pipelines")  # one evaluation is another than one that differs here
 CELL = 256  # pixels of a picture in the grid, at most
 COLUMNS = 8
 
@@ -99,21 +101,24 @@ class Evaluation:
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
     def save(self, directory: str | Path) -> Path:
-        """Write `evaluation.json`, `evaluation.md` and `grid.png`, over those that are there.
+        """Write `evaluation.json`, `evaluation.md` and `grid.png`, over those of the same evaluation.
 
         In the JSON, numbers that are not finite are the strings `"inf"`, `"-inf"` and `"nan"`.
+
+        Raises:
+            ValueError: The directory holds another evaluation, or is a file.
 
         Returns:
             The directory.
         """
         directory = Path(directory)
-        check_directory(directory)
+        check_directory(directory, self.settings)
         grid = make_grid({name: pictures.stills for name, pictures in self.pictures.items()}, self.labels)
         rows = {name: {key: _json(value) for key, value in row.items()} for name, row in self.rows.items()}
         table = self.to_markdown() + "\n"
-        write_atomically(directory / "grid.png", lambda path: grid.save(path, format="PNG"))
-        write_atomically(directory / "evaluation.md", lambda path: path.write_text(table, encoding="utf-8"))
-        write_json(directory / "evaluation.json", {**self.settings, "rows": rows})
+        write_atomically(directory / GRID_NAME, lambda path: grid.save(path, format="PNG"))
+        write_atomically(directory / TABLE_NAME, lambda path: path.write_text(table, encoding="utf-8"))
+        write_json(directory / RESULT_NAME, {**self.settings, "rows": rows})
         return directory
 
     @property
@@ -163,11 +168,23 @@ def make_grid(rows: Mapping[str, torch.Tensor], labels: Sequence[str], columns: 
     return sheet
 
 
-def check_directory(directory: Path) -> None:
-    """Raise if files cannot be written into a directory of this name."""
+def check_directory(directory: Path, settings: Mapping[str, Any]) -> None:
+    """Raise if files cannot be written into a directory of this name, or would replace those of something else."""
     existing = nearest_existing(directory)
     if not existing.is_dir():
         raise ValueError(f"output_dir {directory}: {existing} is a file, expected a directory.")
+    if (directory / RESULT_NAME).exists():
+        known = read_json(directory / RESULT_NAME)
+        wanted = as_read_back({name: settings[name] for name in IDENTITY}, "the settings of an evaluation")
+        if others := [name.replace("_", " ") for name in IDENTITY if known.get(name) != wanted[name]]:
+            named = " and ".join(others)
+            raise ValueError(
+                f"output_dir {directory} holds an evaluation with other {named}: give another output_dir."
+            )
+        return
+    for name in (TABLE_NAME, GRID_NAME):
+        if (directory / name).exists():
+            raise ValueError(f"output_dir {directory} holds a {name} of something else: give another output_dir.")
 
 
 def _printable(text: str) -> str:

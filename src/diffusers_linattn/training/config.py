@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -98,6 +98,9 @@ class DistillConfig:
     validation_prompts: tuple[str | int, ...] = _factory(
         tuple, "prompts of the validation pictures; none: the first four of the samples", changes_result=False
     )
+    validation_metrics: tuple[str | Callable[..., Any], ...] = _factory(
+        tuple, "what to measure of them besides the distances: lpips, clip, fid", changes_result=False
+    )
     report_to: tuple[str, ...] = _factory(
         tuple, "trackers of accelerate, such as tensorboard, wandb, trackio", changes_result=False
     )
@@ -126,12 +129,13 @@ class DistillConfig:
             _check_number("max_grad_norm", self.max_grad_norm, above=0)
         if self.ema_decay is not None:
             _check_number("ema_decay", self.ema_decay, most=1)
-        for name in ("validation_prompts", "report_to"):
+        for name in ("validation_prompts", "validation_metrics", "report_to"):
             if isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} takes a list, got the string {getattr(self, name)!r}.")
             object.__setattr__(self, name, tuple(getattr(self, name)))  # a list is as good
-        if self.validation_prompts and self.validation_steps is None:
-            raise ValueError("validation_prompts are not used without validation_steps: say after how many steps.")
+        for name in ("validation_prompts", "validation_metrics"):
+            if getattr(self, name) and self.validation_steps is None:
+                raise ValueError(f"{name} are not used without validation_steps: say after how many steps.")
 
     @classmethod
     def of(cls, config: DistillConfig | None, options: Mapping[str, Any]) -> DistillConfig:

@@ -14,11 +14,35 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType
+from filelock import FileLock, Timeout
 
 from diffusers_linattn.training.config import DistillConfig
 
 
+LOCK_NAME = ".training.lock"
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+
+
+@contextmanager
+def sole_trainer(directory: Path) -> Iterator[None]:
+    """Keeps other processes from training into a directory. The lock dies with its process.
+
+    Raises:
+        ValueError: Another process trains into it.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / LOCK_NAME
+    try:
+        held = FileLock(path).acquire(timeout=0)
+    except Timeout:
+        raise ValueError(
+            f"output_dir {directory}: another run is training into it. Wait for its end, or give another output_dir."
+        ) from None
+    with held:
+        try:
+            yield
+        finally:
+            path.unlink()
 
 
 @contextmanager

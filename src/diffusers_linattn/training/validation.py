@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from diffusers_linattn.evaluate import draw_reference
-from diffusers_linattn.evaluation.metrics import make_measures, measure
+from diffusers_linattn.evaluate import device_of, draw_reference
+from diffusers_linattn.evaluation.metrics import Measure, make_measures, measure
 from diffusers_linattn.evaluation.pictures import Pictures, Request, draw_pictures, plan_request, prompts_of
 from diffusers_linattn.evaluation.report import make_grid
 from diffusers_linattn.files import write_atomically
@@ -37,11 +37,11 @@ class Validation:
         request: What is drawn.
         directory: Where the grids go.
         dtype: Of the model; trained parameters may be in fp32 beside it.
+        measures: What is measured of them.
     """
 
-    def __init__(self, pipe: Any, request: Request, directory: Path, dtype: torch.dtype):
-        self.pipe, self.request, self.directory, self.dtype = pipe, request, directory, dtype
-        self._measures = make_measures(None, request.prompts, torch.device("cpu"))
+    def __init__(self, pipe: Any, request: Request, directory: Path, dtype: torch.dtype, measures: Sequence[Measure]):
+        self.pipe, self.request, self.directory, self.dtype, self.measures = pipe, request, directory, dtype, measures
         self._teacher: Pictures | None = None
 
     @classmethod
@@ -49,13 +49,14 @@ class Validation:
         """The validation that the settings ask for, `None` if they ask for none.
 
         Raises:
-            ValueError: Prompts of the wrong kind, or no torchmetrics.
+            ValueError: Prompts of the wrong kind, no torchmetrics, or a metric whose package or weights are missing.
         """
         if not config.validation_steps:
             return None
         prompts = list(config.validation_prompts) or prompts_of(samples)[:PROMPTS]
         request = plan_request(pipe, prompts, samples, None, None, SEED, config.batch_size, None)
-        return cls(pipe, request, Path(output_dir) / FOLDER_NAME, _dtype_of(pipe))
+        measures = make_measures(config.validation_metrics, request.prompts, device_of(pipe))
+        return cls(pipe, request, Path(output_dir) / FOLDER_NAME, _dtype_of(pipe), measures)
 
     def __call__(self, step: int) -> dict[str, float]:
         """Draw, write `step-000500.png`, and return the distances between student and teacher."""
@@ -67,7 +68,7 @@ class Validation:
         labels = [str(prompt) for prompt in self.request.prompts]
         grid = make_grid({"teacher": self._teacher.stills, "student": student.stills}, labels)
         write_atomically(self.directory / f"step-{step:06d}.png", lambda path: grid.save(path, format="PNG"))
-        return measure(self._measures, student, self._teacher)
+        return measure(self.measures, student, self._teacher)
 
     @contextmanager
     def _undisturbed(self) -> Iterator[None]:
