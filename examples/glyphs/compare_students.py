@@ -182,7 +182,11 @@ class Experiment:
                 self.keep(untrained, table["untrained"])
             trained = train(pipe, student, samples, self.work / "student")
             result = self.evaluate(pipe, name)[name]
-            machine = {"threads": torch.get_num_threads(), "torch": torch.__version__, "machine": platform.machine()}
+            machine = {
+                "training_threads": torch.get_num_threads(),
+                "torch": torch.__version__,
+                "machine": platform.machine(),
+            }
             self.keep(name, {**result, "untrained": untrained, **noted, **trained, **machine})
 
 

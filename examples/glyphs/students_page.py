@@ -2,8 +2,9 @@
 
     python examples/glyphs/students_page.py --results docs/results/flux --work students/flux
 
-"Gap closed" is how much of the way from the untrained swap to the teacher on other seeds a student has gone; the
-teacher on the same seeds as the students is the other teacher row.
+"Gap closed" is how much of the way from the untrained swap to the teacher on other seeds a student has gone, where
+that is more than 0.1; the teacher on the same seeds as the students is the other teacher row. "Minutes" is the
+training alone.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ COLUMNS = {
     "frechet": ("Fréchet", "{:.1f}"),
     "gap_accuracy": ("gap closed, accuracy", "{:.0%}"),
     "gap_agreement": ("gap closed, agreement", "{:.0%}"),
+    "minutes": ("minutes", "{:.1f}"),
 }
 TEACHERS = ("teacher", "teacher, other seeds")
 
@@ -37,8 +39,10 @@ def rows_of(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
     for name in [name for name in STUDENTS if name in found]:
         row, swap = dict(found[name]), found[found[name]["untrained"]]
         for measure in ("accuracy", "agreement"):
-            goal = found["teacher, other seeds"][measure]
-            row[f"gap_{measure}"] = (row[measure] - swap[measure]) / (goal - swap[measure])
+            gap = found["teacher, other seeds"][measure] - swap[measure]
+            if gap > 0.1:
+                row[f"gap_{measure}"] = (row[measure] - swap[measure]) / gap
+        row["minutes"] = row["training_seconds"] / 60
         if not any(shown is swap for shown in rows.values()):
             rows[f"*{name}, untrained*"] = swap
         rows[name] = row
@@ -66,7 +70,7 @@ def main() -> None:
         files = {name: arguments.work / f"{named.get(name, name)}.pt" for name in rows}
         pictures = {name: torch.load(file, weights_only=True) for name, file in files.items() if file.exists()}
         labels = [f"the letter {chr(ord('A') + place)}" for place in range(8)]
-        make_grid(pictures, labels).save(arguments.results / "students.png", optimize=True)
+        make_grid(pictures, labels).convert("L").save(arguments.results / "students.png", optimize=True)
 
 
 if __name__ == "__main__":

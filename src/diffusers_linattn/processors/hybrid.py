@@ -89,7 +89,7 @@ class HybridProcessor(BaseProcessor):
         return name if name == "reference" else f"{name}; linear over all grids"
 
 
-# A step of Adam moves a parameter by about the learning rate, and λ of a trained head is around 1: without this factor
+# A step of Adam moves a parameter by about the learning rate, and λ of a trained head is above 1: without this factor
 # a transfer of some hundred steps would leave it near 0.
 PER_STEP = 100.0
 
