@@ -73,6 +73,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--learning_rate", type=float, default=1e-4)
     parser.add_argument("--lr_scheduler", default="cosine")
     parser.add_argument("--lr_warmup_steps", type=int, default=0)
+    parser.add_argument("--lr_num_cycles", type=int, help="of cosine_with_restarts (1)")
+    parser.add_argument("--lr_power", type=float, help="of polynomial (1)")
     parser.add_argument("--optimizer", default="AdamW")
     parser.add_argument("--use_8bit_adam", action="store_true", help="the same as --optimizer adamw8bit")
     parser.add_argument("--max_grad_norm", type=float, default=1.0)
@@ -112,6 +114,7 @@ def main() -> None:
         args.pretrained_model_name_or_path, dtype=dtype, revision=args.revision, variant=args.variant
     ).to(state.device)
 
+    schedule = {"num_cycles": args.lr_num_cycles, "power": args.lr_power}
     # What can be wrong with the settings is found before the samples are made.
     config = DistillConfig(
         trainable="lora" if args.rank else "attention",
@@ -123,6 +126,7 @@ def main() -> None:
         transfer_learning_rate=args.transfer_learning_rate,
         learning_rate=args.learning_rate,
         lr_scheduler=args.lr_scheduler,
+        lr_scheduler_arguments={name: value for name, value in schedule.items() if value is not None},
         lr_warmup_steps=args.lr_warmup_steps,
         optimizer="adamw8bit" if args.use_8bit_adam else args.optimizer,
         max_grad_norm=args.max_grad_norm,

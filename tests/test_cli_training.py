@@ -126,6 +126,7 @@ def test_prompts_pictures_and_resolutions(tmp_path: Path, capsys: pytest.Capture
 
 
 VALUES: dict[str, tuple[list[str], Any]] = {
+    "lr_scheduler_arguments": (['{"power": 2}'], {"power": 2}),
     "optimizer_arguments": (['{"weight_decay": 0.1}'], {"weight_decay": 0.1}),
     "validation_prompts": (["a cat", "3"], ("a cat", "3")),
     "validation_metrics": (["lpips", "fid"], ("lpips", "fid")),

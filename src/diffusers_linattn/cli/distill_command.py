@@ -35,6 +35,7 @@ GROUPS = {
         "transfer_learning_rate",
         "learning_rate",
         "lr_scheduler",
+        "lr_scheduler_arguments",
         "lr_warmup_steps",
         "optimizer",
         "optimizer_arguments",

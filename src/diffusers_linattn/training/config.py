@@ -58,6 +58,9 @@ class DistillConfig:
     optimizer: str = _setting("AdamW", "a class of torch.optim, or adamw8bit (bitsandbytes), or prodigy (prodigyopt)")
     optimizer_arguments: Mapping[str, Any] = _factory(dict, "further arguments of the optimizer, JSON")
     lr_scheduler: str = _setting("cosine", "a learning-rate schedule of diffusers, for each stage by itself")
+    lr_scheduler_arguments: Mapping[str, Any] = _factory(
+        dict, "what some schedules take, JSON: step_rules of piecewise_constant, num_cycles, power"
+    )
     lr_warmup_steps: int = _setting(0, "steps over which the learning rate rises, in each stage")
     max_grad_norm: float | None = _setting(1.0, "gradients are clipped to this norm, end to end")
     ema_decay: float | None = _setting(None, "keep a moving average of the trained weights, and save that")

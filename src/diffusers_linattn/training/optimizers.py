@@ -20,6 +20,9 @@ OTHER_PACKAGES = {
     "adamw8bit": ("bitsandbytes.optim", "AdamW8bit", "bitsandbytes"),
     "prodigy": ("prodigyopt", "Prodigy", "prodigyopt"),
 }
+# Schedules of diffusers that take more than steps and warm-up, and those that have no warm-up.
+SCHEDULE_ARGUMENTS = {"piecewise_constant": "step_rules", "cosine_with_restarts": "num_cycles", "polynomial": "power"}
+WITHOUT_WARMUP = ("constant", "piecewise_constant")
 
 
 def check_optimizer(config: DistillConfig) -> None:
@@ -77,12 +80,30 @@ def make_optimizer(config: DistillConfig, parameters: Iterable[nn.Parameter], le
 
 def make_schedule(config: DistillConfig, optimizer: Any, steps: int) -> Any:
     """The learning-rate schedule of one stage of `steps` optimizer steps."""
-    known = [kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT]
-    if config.lr_scheduler not in known:
-        raise ValueError(f"Unknown lr_scheduler {config.lr_scheduler!r}: expected one of {', '.join(known)}.")
-    return get_scheduler(
-        config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=max(steps, 1)
-    )
+    name, given = config.lr_scheduler, dict(config.lr_scheduler_arguments)
+    known = [kind.value for kind in SchedulerType]
+    if name not in known:
+        raise ValueError(f"Unknown lr_scheduler {name!r}: expected one of {', '.join(known)}.")
+    taken = SCHEDULE_ARGUMENTS.get(name)
+    if given.keys() - {taken}:
+        raise ValueError(
+            f"lr_scheduler_arguments are {given}, but lr_scheduler {name!r} takes {taken or 'none'}: leave the others "
+            "out."
+        )
+    if name == SchedulerType.PIECEWISE_CONSTANT.value and "step_rules" not in given:
+        raise ValueError(
+            f"lr_scheduler {name!r} needs lr_scheduler_arguments={{'step_rules': '1:100,0.1'}}: factors of the "
+            "learning rate with the steps up to which they hold, and the last factor."
+        )
+    if config.lr_warmup_steps and name in WITHOUT_WARMUP:
+        raise ValueError(f"lr_scheduler {name!r} has no warm-up: leave lr_warmup_steps out, or take another schedule.")
+    steps = max(steps, 1)
+    try:
+        return get_scheduler(
+            name, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=steps, **given
+        )
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"lr_scheduler {name!r} does not take {given}: {error}.") from error
 
 
 def _optimizer_class(name: str) -> Any:
