@@ -50,14 +50,14 @@ def stock_graphs() -> int:
 @pytest.mark.parametrize(
     "template",
     [
-        ClearProcessor(window=2),
+        pytest.param(ClearProcessor(window=2), marks=pytest.mark.weekly),
         ClearProcessor(window=2, down_factor=2),
         LinearProcessor(),
         GLAProcessor(),
-        GLAProcessor(gates="scalar"),
+        pytest.param(GLAProcessor(gates="scalar"), marks=pytest.mark.weekly),
         HybridProcessor(window=2),
     ],
-    ids=lambda processor: f"{type(processor).__name__}-{getattr(processor, 'down_factor', 1)}",
+    ids=repr,
 )
 def test_repeated_blocks_over_many_sizes(template: Any, stock_graphs: int) -> None:
     count = graphs(linearize(tiny.flux(), template))
