@@ -108,7 +108,11 @@ def running_hub() -> Iterator[Hub]:
         server.daemon_threads = True
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         servers.append(server)
-    hub.endpoint, hub.cdn = (f"http://127.0.0.1:{server.server_address[1]}" for server in servers)
+    # Of another name: to huggingface_hub 1.33 a redirect to another port of the same host is one inside the Hub.
+    names = ("127.0.0.1", "localhost")
+    hub.endpoint, hub.cdn = (
+        f"http://{name}:{server.server_address[1]}" for name, server in zip(names, servers, strict=True)
+    )
     try:
         yield hub
     finally:
