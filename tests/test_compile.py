@@ -50,11 +50,11 @@ def stock_graphs() -> int:
 @pytest.mark.parametrize(
     "template",
     [
-        pytest.param(ClearProcessor(window=2), marks=pytest.mark.weekly),
+        ClearProcessor(window=2),
         ClearProcessor(window=2, down_factor=2),
         LinearProcessor(),
         GLAProcessor(),
-        pytest.param(GLAProcessor(gates="scalar"), marks=pytest.mark.weekly),
+        GLAProcessor(gates="scalar"),
         HybridProcessor(window=2),
     ],
     ids=repr,

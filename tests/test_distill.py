@@ -134,7 +134,9 @@ def test_it_learns_saves_and_restores(pipe: Any, samples: Samples, tmp_path: Pat
         (signal.SIGINT, 2, None),
         (signal.SIGINT, 18, 0.9),  # the very last step
         (signal.SIGTERM, 6, 0.9),  # the last step of a group
+        (signal.SIGTERM, 14, None),
         ("crash", 3, None),
+        ("crash", 9, 0.9),
         ("crash", 17, None),
     ],
 )
