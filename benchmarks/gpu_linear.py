@@ -18,11 +18,20 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend
 
 from diffusers_linattn import TokenLayout, linear_attention
 
-from gpu_operators import Method, Row, check, compare, make_inputs, make_parser, report, share_of_bandwidth, softmax
+from gpu_operators import (
+    Method,
+    Row,
+    check,
+    compare,
+    make_inputs,
+    make_parser,
+    report,
+    share_of_bandwidth,
+    softmax_methods,
+)
 from gpu_timing import copy_bandwidth
 
 
@@ -57,11 +66,7 @@ def methods(layout: TokenLayout, head_dim: int, device: str) -> dict[str, Method
         if importlib.util.find_spec("fla") is not None and device == "cuda" and head_dim <= 256:
             table["fla, causal"] = causal
     if layout.length <= MOST_SOFTMAX_TOKENS + layout.num_text:
-        if device == "cuda" and head_dim <= 256:
-            table["sdpa cudnn"] = softmax(SDPBackend.CUDNN_ATTENTION)
-            table["sdpa flash"] = softmax(SDPBackend.FLASH_ATTENTION)
-        else:
-            table["sdpa"] = softmax(None)
+        table |= softmax_methods(device == "cuda" and head_dim <= 256)
     return table
 
 

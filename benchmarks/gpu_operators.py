@@ -44,8 +44,16 @@ def softmax(backend: SDPBackend | None) -> Method:
     return attend
 
 
+def softmax_methods(on_gpu: bool) -> dict[str, Method]:
+    """Softmax attention over all tokens, on a GPU by both of its fast kernels."""
+    if not on_gpu:
+        return {"sdpa": softmax(None)}
+    return {"sdpa cudnn": softmax(SDPBackend.CUDNN_ATTENTION), "sdpa flash": softmax(SDPBackend.FLASH_ATTENTION)}
+
+
 def make_inputs(tokens: int, heads: int, head_dim: int, dtype: str, device: str) -> list[torch.Tensor]:
     """Query, key and value, in the memory order that models have."""
+    torch.manual_seed(0)
     shape = (1, tokens, heads, head_dim)
     return [torch.randn(shape, device=device, dtype=getattr(torch, dtype)).transpose(1, 2) for _ in range(3)]
 

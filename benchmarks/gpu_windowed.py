@@ -14,25 +14,20 @@ import argparse
 from collections.abc import Iterator
 
 import torch
-from torch.nn.attention import SDPBackend
 
 from diffusers_linattn import TokenLayout
 from diffusers_linattn.ops.local_choice import window_wins
 
 import windowed_methods
-from gpu_operators import Method, Row, compare, make_inputs, make_parser, report, softmax
+from gpu_operators import Method, Row, compare, make_inputs, make_parser, report, softmax_methods
 
 
 def methods(arguments: argparse.Namespace, side: int, window: int, backward: bool) -> dict[str, Method]:
     text, device = arguments.text, arguments.device
     layout = windowed_methods.make_layout(text, side)
     table: dict[str, Method] = {"ours": windowed_methods.ours(layout, window)}
-    long = side > 256 and backward  # seconds per pass
-    if device == "cuda" and not long:
-        table["sdpa cudnn"] = softmax(SDPBackend.CUDNN_ATTENTION)
-        table["sdpa flash"] = softmax(SDPBackend.FLASH_ATTENTION)
-    elif not long:
-        table["sdpa"] = softmax(None)
+    if not (side > 256 and backward):  # seconds per pass
+        table |= softmax_methods(device == "cuda")
     if side <= 64:
         table["sdpa under the mask"] = windowed_methods.dense_under_the_mask(layout, window)
     compiled = device == "cuda"
