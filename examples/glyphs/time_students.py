@@ -17,7 +17,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from compare_students import BATCH, STEPS, STUDENTS, TRAINING
+from compare_students import STUDENTS
 from teachers import TEACHERS
 
 from diffusers_linattn import distill, linearize
@@ -34,8 +34,7 @@ def seconds_per_step(
     """Of each stage that the student trained in."""
     student, pipe = STUDENTS[name], TEACHERS[teacher].load()
     linearize(pipe, student.processor, layers=row.get("layers"))
-    options = {"transfer_steps": STEPS, "steps": STEPS, "batch_size": BATCH, **TRAINING, **student.options}
-    options |= {stage: min(options[stage], TIMED + 1) for stage in ("transfer_steps", "steps")}
+    options = row["options"] | {stage: min(row["options"][stage], TIMED + 1) for stage in ("transfer_steps", "steps")}
     shutil.rmtree(directory, ignore_errors=True)
     distill(pipe, samples, directory, **options)
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]

@@ -5,6 +5,7 @@ Letters: B batch, H heads, N tokens, D value_dim, K features per head, G tokens 
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -118,8 +119,8 @@ def hybrid_attention(
             )
         else:
             impl = choose_impl(query, value, layout, window, temporal_window, mask) if impl is None else impl
-            attend = _attend_in_kernel if impl == "triton" else _attend_with_null_key
-            near, null_weight = attend(query, key, value, layout, window, temporal_window, mask, scale, impl)
+            attend = _attend_in_kernel if impl == "triton" else functools.partial(_attend_with_null_key, impl=impl)
+            near, null_weight = attend(query, key, value, layout, window, temporal_window, mask, scale)
             far = phi_q @ (_grid_state(phi_k, value, layout, key_mask) * far_weight[:, None, None])
             summed = torch.addcmul(near, far, null_weight)
             output, total = summed[..., :-1], summed[..., -1:]
@@ -159,7 +160,6 @@ def _attend_in_kernel(
     temporal_window: int | None,
     mask: torch.Tensor | None,
     scale: float,
-    impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As [`_attend_with_null_key`], by the kernel that gives log Σ exp(s) as well."""
     while mask is not None and mask.ndim < 4:
