@@ -13,6 +13,7 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, FluxPipeline
 from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffusers_linattn import (
     ClearProcessor,
@@ -23,6 +24,7 @@ from diffusers_linattn import (
     restore,
     status,
 )
+from diffusers_linattn.layout import TokenLayout
 from diffusers_linattn.linearize import layers_of, original_attention
 from diffusers_linattn.processors.base import BaseProcessor
 from diffusers_linattn.tracker import find_tracker
@@ -401,6 +403,39 @@ def test_status_says_what_and_how() -> None:
         model(**tiny.flux_inputs(2, 3))
     assert "dense (the window covers the grid)" in str(status(model))
     assert "3 of 4 attention layers over images are converted" in str(status(model))
+
+
+@pytest.mark.parametrize(
+    ("template", "dim", "dtype", "expected"),
+    [
+        (ClearProcessor(window=4), 64, torch.bfloat16, "triton"),
+        (ClearProcessor(window=4), 512, torch.bfloat16, "tiled"),
+        (HybridProcessor(window=4), 64, torch.float64, "tiled; linear over all grids"),
+        (LinearProcessor(), 64, torch.float16, "triton"),
+        (LinearProcessor(heads=1), 512, torch.float32, "triton"),
+        (LinearProcessor(heads=1), 1024, torch.float32, "torch"),
+        (GLAProcessor(), 64, torch.bfloat16, "triton"),
+        (GLAProcessor(), 64, torch.float64, "chunked"),
+    ],
+    ids=str,
+)
+def test_status_on_a_gpu_knows_dtype_and_head_dim(template, dim, dtype, expected, monkeypatch) -> None:
+    for module in ("local_choice", "linear", "gated_choice"):
+        monkeypatch.setattr(f"diffusers_linattn.ops.{module}.why_not", lambda device: None)
+    with FakeTensorMode():
+        query = torch.empty(1, 2, 0, dim, dtype=dtype, device="cuda")
+        assert template.implementation(TokenLayout.image((1, 128, 128)), query) == expected
+        assert template.implementation(None, query) == expected
+
+
+def test_status_is_about_the_device_of_the_latest_call() -> None:
+    """Weights of an offloaded model are elsewhere after it."""
+    model = linearize(tiny.flux(), ClearProcessor(window=4))
+    assert find_tracker(model).device is None
+    with torch.no_grad():
+        model(**tiny.flux_inputs())
+    assert find_tracker(model.to("meta")).device == torch.device("cpu")
+    assert status(model).layers[0].implementation == "tiled"
 
 
 def test_status_tells_the_transformers_of_a_pipeline_apart() -> None:

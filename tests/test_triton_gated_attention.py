@@ -68,9 +68,10 @@ def test_text_and_references(name):
 
 
 @by_gate
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.usefixtures("short_chunks")
-def test_fp16(per_head):
-    check(LAYOUTS["odd grid"], per_head, torch.float16, heads=2)
+def test_half_precision(dtype, per_head):
+    check(LAYOUTS["odd grid"], per_head, dtype, heads=2)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ LAYOUTS = {
 LAMBDA = (0.4, 0.0, 8.0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_matches_the_reference(layout, dtype):
     inputs = inputs_with(layout, LAMBDA, dtype=dtype)

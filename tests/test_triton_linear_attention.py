@@ -45,7 +45,7 @@ def check(layout, dtype=torch.float32, inputs=None, feature_map="relu", **kwargs
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "512 text first"])
 def test_matches_reference(name, dtype):
     check(LAYOUTS[name], dtype)
@@ -53,8 +53,9 @@ def test_matches_reference(name, dtype):
 
 @pytest.mark.parametrize("name", ["odd grid", "77 text last"])
 @pytest.mark.parametrize("feature_map", ["elu", "softmax"])
-def test_feature_maps(feature_map, name):
-    check(LAYOUTS[name], feature_map=feature_map)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_feature_maps(dtype, feature_map, name):
+    check(LAYOUTS[name], dtype, feature_map=feature_map)
 
 
 @pytest.mark.parametrize("name", ["odd grid", "77 text first"])
@@ -128,13 +129,11 @@ def test_many_tokens_are_shared_between_programs():
     check(layout, inputs=make_inputs(layout, batch=1, heads=1))
 
 
-@pytest.mark.parametrize("split", [False, True])
-def test_every_launch_gives_the_same(split, monkeypatch):
-    """Blocks of other sizes, and the state in two summands as for bf16, which the interpreter cannot compute."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_launch_gives_the_same(dtype, monkeypatch):
     monkeypatch.setattr(kernels, "choose_launch", lambda *_: Launch(32, 16, 16, 4, 1))
-    monkeypatch.setattr(kernels, "SPLIT_DTYPE", torch.float16 if split else torch.bfloat16)
     for layout in (TokenLayout.image((1, 9, 13)), TokenLayout.joint(text=21, grid=(1, 7, 9))):
-        check(layout, torch.float16, make_inputs(layout, torch.float16, heads=1, dim=40))
+        check(layout, dtype, make_inputs(layout, dtype, heads=1, dim=40))
 
 
 def test_fp16_stays_in_range():

@@ -56,9 +56,10 @@ def test_matches_reference(name):
     check(LAYOUTS[name], torch.float32, window=4)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("layout", SMALL.values(), ids=SMALL.keys())
-def test_fp16_pooled_keys_and_batch(layout):
-    check(layout, torch.float16, batch=2, window=3, pooled=5, scale=0.1)
+def test_half_precision_pooled_keys_and_batch(layout, dtype):
+    check(layout, dtype, batch=2, window=3, pooled=5, scale=0.1)
 
 
 @pytest.mark.parametrize("window", [1, 30])

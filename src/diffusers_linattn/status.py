@@ -9,11 +9,12 @@ from fnmatch import fnmatchcase
 from itertools import groupby
 from typing import Any
 
+import torch
 from torch import nn
 
 from diffusers_linattn.linearize import Layer, layers_of, transformers_of
 from diffusers_linattn.models import find_family
-from diffusers_linattn.processors.base import BaseProcessor
+from diffusers_linattn.processors.base import BaseProcessor, attention_size
 from diffusers_linattn.tracker import find_tracker
 
 
@@ -105,8 +106,11 @@ def _implementation(layer: Layer) -> str:
             return f"was converted, then replaced by a {type(layer.attn.processor).__name__}"
         return "dense"
     layouts = tracker.last.get(layer.scope) if tracker is not None else None
-    device = next((parameter.device for parameter in layer.attn.parameters()), None)
-    found = [layer.processor.implementation(layout, device) for layout in layouts or (None,)]
+    heads, head_dim, _ = attention_size(layer.attn)
+    model: Any = layer.model
+    device = (tracker.device if tracker is not None else None) or model.device
+    query = torch.empty(1, heads, 0, head_dim, dtype=model.dtype, device=device)
+    found = [layer.processor.implementation(layout, query) for layout in layouts or (None,)]
     return " or ".join(dict.fromkeys(found))
 
 

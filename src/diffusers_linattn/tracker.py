@@ -33,6 +33,7 @@ class LayoutTracker:
         self.family = family
         self.names = tuple(inspect.signature(type(model).forward).parameters)[1:]
         self.last: Scopes = {}
+        self.device: torch.device | None = None  # of the latest call; offloaded weights are elsewhere after it
         self.installed: tuple[str, ...] = ()
         self._warned = False
         self._memo: Memo = {}
@@ -42,6 +43,8 @@ class LayoutTracker:
         check_not_parallel(model)
         arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
         self.set(_by_scope(self.family.layout(model, ForwardArguments(arguments, self._memo))))
+        if not torch.compiler.is_compiling():
+            self.device = next((x.device for x in arguments.values() if isinstance(x, torch.Tensor)), None)
         if torch.is_grad_enabled():
             _prepare_for_training(model, self)
         if not self._warned and not torch.compiler.is_compiling():

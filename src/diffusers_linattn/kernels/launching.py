@@ -33,11 +33,6 @@ def _why_not(device: str) -> str | None:
     return None
 
 
-def is_default_on(device: torch.device | None) -> bool:
-    """Whether calls on a device go to the kernels when the user names no implementation: not in the interpreter."""
-    return device is not None and device.type == "cuda" and why_not(str(device)) is None
-
-
 def fp32_precision(device: torch.device) -> str:
     """What torch's settings say about a product of fp32 matrices: `"tf32"` or `"ieee"`."""
     if device.type != "cuda":

@@ -23,9 +23,6 @@ FUSED_FEATURES = ("relu", "elu")
 MAX_DIM = 1024
 # The text is attended to by programs that have a whole head in one block.
 MAX_TEXT_DIM = 128
-# Products with the state are taken in the tokens' own dtype here, with the state in two summands; the other half type
-# has not the range.
-SPLIT_DTYPE = torch.bfloat16
 
 
 @torch.library.custom_op(
@@ -343,7 +340,8 @@ class _Call:
             "WEIGHTED": weighted,
             "HAS_TEXT": self.num_text > 0,
             "HAS_BIAS": self.has_bias,
-            "SPLIT": self.key.dtype == SPLIT_DTYPE,
+            # Products with the state in the tokens' own dtype, the state in two summands; fp16 has not the range.
+            "SPLIT": self.key.dtype == torch.bfloat16,
             "PRECISION": self.precision,
         }
         arguments: dict[str, Any] = {}

@@ -94,8 +94,7 @@ def linear_attention(
     key_mask = reduce_to_key_mask(mask, layout, query.dtype)
 
     if impl is None:
-        on_gpu = query.device.type == "cuda"
-        impl = "triton" if on_gpu and why_not_triton(grid_query, grid_value, mask) is None else "torch"
+        impl = choose_impl(grid_query, grid_value, mask)
     elif impl == "triton" and (reason := why_not_triton(grid_query, grid_value, mask)) is not None:
         raise ValueError(f"impl='triton' cannot answer this call: {reason}.")
     compute = {"triton": _by_kernels, "torch": _by_products, "reference": _by_reference}[impl]
@@ -114,6 +113,12 @@ def linear_attention(
     else:
         grid = of_grid_queries(grid_query, grid_key, grid_value)
     return with_text_queries(regroup_heads(grid, query.shape[1]), query, key, value, layout, mask, scale)
+
+
+def choose_impl(query: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> str:
+    """The implementation for a call: `"triton"` on a GPU that it runs on, else `"torch"`."""
+    on_gpu = query.device.type == "cuda"
+    return "triton" if on_gpu and why_not_triton(query, value, mask) is None else "torch"
 
 
 def why_not_triton(query: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> str | None:

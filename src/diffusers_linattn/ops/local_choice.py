@@ -74,9 +74,14 @@ def choose_impl(
     """The implementation for a call: `"dense"`, `"triton"` or `"tiled"`."""
     if window_covers(layout, window, temporal_window):
         return "dense"
-    if query.device.type != "cuda" or why_not_triton(query, value, mask) is not None:
-        return "tiled"
-    return "triton" if window_wins(layout, window, temporal_window) else "dense"
+    impl = choose_windowed(query, value, mask)
+    return "dense" if impl == "triton" and not window_wins(layout, window, temporal_window) else impl
+
+
+def choose_windowed(query: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> str:
+    """The implementation of linear cost for a call: `"triton"` on a GPU that it runs on, else `"tiled"`."""
+    on_gpu = query.device.type == "cuda"
+    return "triton" if on_gpu and why_not_triton(query, value, mask) is None else "tiled"
 
 
 def why_not_triton(query: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> str | None:

@@ -138,8 +138,13 @@ class BaseProcessor(nn.Module):
         """Change the input of the layer before its projections; the default leaves it alone."""
         return hidden_states
 
-    def implementation(self, layout: TokenLayout | None, device: torch.device | None = None) -> str:
-        """Which implementation answers a call over `layout` on `device`, in words for `status`."""
+    def implementation(self, layout: TokenLayout | None, query: torch.Tensor) -> str:
+        """Which implementation answers a call over `layout`, in words for `status`.
+
+        Args:
+            layout: Of the latest call, `None` before the first.
+            query: Like that of a call, but without tokens: (1, heads, 0, head_dim).
+        """
         return self.impl or self.impls[0]
 
     def copy_for_layer(self: Processor, attn: nn.Module, original: Any, *, index: int, scope: str) -> Processor:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from diffusers_linattn.kernels.launching import is_default_on
 from diffusers_linattn.layout import Segment, TokenLayout
 from diffusers_linattn.ops.checks import check_positive_int
 from diffusers_linattn.ops.local import local_attention
-from diffusers_linattn.ops.local_choice import window_covers, window_wins
+from diffusers_linattn.ops.local_choice import choose_impl, choose_windowed, window_covers
 from diffusers_linattn.ops.masks import key_visibility
 from diffusers_linattn.processors.attention_call import AttentionCall
 from diffusers_linattn.processors.base import BaseProcessor
@@ -82,17 +81,18 @@ class ClearProcessor(BaseProcessor):
             impl=self.impl,
         )
 
-    def implementation(self, layout: TokenLayout | None, device: torch.device | None = None) -> str:
+    def implementation(self, layout: TokenLayout | None, query: torch.Tensor) -> str:
         if self.impl is not None:
             return self.impl
+        if layout is None:
+            return choose_windowed(query, query, None)
+        impl = choose_impl(query, query, layout, self.window, self.temporal_window, None)
+        if impl != "dense":
+            return impl
         pooled = ", with pooled keys" if self.down_factor > 1 else ""
-        if layout is not None and window_covers(layout, self.window, self.temporal_window):
+        if window_covers(layout, self.window, self.temporal_window):
             return f"dense{pooled} (the window covers the grid)"
-        if not is_default_on(device):
-            return "tiled"
-        if layout is not None and not window_wins(layout, self.window, self.temporal_window):
-            return f"dense{pooled}, masked (the window leaves out too little to win)"
-        return "triton"
+        return f"dense{pooled}, masked (the window leaves out too little to win)"
 
 
 class KeyValuePool(nn.Module):

@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from diffusers_linattn.kernels.launching import is_default_on
 from diffusers_linattn.kernels.scan_paths import scan_path
 from diffusers_linattn.layout import Segment, TokenLayout
 from diffusers_linattn.ops.checks import check_choice, check_positive_int
 from diffusers_linattn.ops.gated import gated_linear_attention
+from diffusers_linattn.ops.gated_choice import choose_impl
 from diffusers_linattn.processors.attention_call import AttentionCall
 from diffusers_linattn.processors.base import BaseProcessor
 
@@ -102,10 +102,8 @@ class GLAProcessor(BaseProcessor):
     def prepare(self, hidden_states: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
         return self.conv(hidden_states, layout)
 
-    def implementation(self, layout: TokenLayout | None, device: torch.device | None = None) -> str:
-        if self.impl is not None:
-            return self.impl
-        return "triton" if is_default_on(device) else "chunked"
+    def implementation(self, layout: TokenLayout | None, query: torch.Tensor) -> str:
+        return self.impl or choose_impl(query, query, query.shape[-1])
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
         # Without a denominator there is none to share with the text, so that joint models always have one.

@@ -83,9 +83,9 @@ class HybridProcessor(BaseProcessor):
             impl=self.impl,
         )
 
-    def implementation(self, layout: TokenLayout | None, device: torch.device | None = None) -> str:
+    def implementation(self, layout: TokenLayout | None, query: torch.Tensor) -> str:
         nearby = ClearProcessor(self.window, temporal_window=self.temporal_window, impl=self.impl)
-        name = nearby.implementation(layout, device)
+        name = nearby.implementation(layout, query)
         return name if name == "reference" else f"{name}; linear over all grids"
 
 

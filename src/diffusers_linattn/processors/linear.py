@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from diffusers_linattn.kernels.launching import is_default_on
 from diffusers_linattn.layout import TokenLayout
 from diffusers_linattn.ops.checks import check_choice, check_positive_int, repeat_heads
-from diffusers_linattn.ops.linear import IMPLS, linear_attention
+from diffusers_linattn.ops.linear import IMPLS, choose_impl, linear_attention
 from diffusers_linattn.ops.masks import key_visibility
 from diffusers_linattn.processors.attention_call import AttentionCall
 from diffusers_linattn.processors.base import BaseProcessor
@@ -96,10 +95,10 @@ class LinearProcessor(BaseProcessor):
             attended = attended + self.conv(value, call.layout, call.mask, self.heads).to(attended.dtype)
         return attended
 
-    def implementation(self, layout: TokenLayout | None, device: torch.device | None = None) -> str:
-        if self.impl is not None:
-            return self.impl
-        return "triton" if is_default_on(device) else "torch"
+    def implementation(self, layout: TokenLayout | None, query: torch.Tensor) -> str:
+        if self.heads is not None:
+            query = query.new_empty(1, self.heads, 0, query.shape[1] * query.shape[3] // self.heads)
+        return self.impl or choose_impl(query, query, None)
 
 
 class HedgehogFeatures(nn.Module):
