@@ -35,7 +35,7 @@ def scan_slab(
                 break
             rows = _split(q, size)[1] * _split(before, size)[1]
             keys = _split(k, size)[0] * _split(after, size)[0]
-            _split(output, size)[1].add_(rows @ keys.transpose(-1, -2) @ _split(v, size)[0])
+            _split(output, size)[1].add_(_weighted(rows @ keys.transpose(-1, -2), _split(v, size)[0]))
     states, state = _states(k * after, v, before[:, :, -1], state)
     output += q * before @ states
     return output, state
@@ -63,8 +63,8 @@ def scan_slab_backward(
             rows, keys = _split(q, size)[1] * row_decay, _split(k, size)[0] * key_decay
             row_grad = _split(grad, size)[1]
             d_weights = row_grad @ _split(v, size)[0].transpose(-1, -2)
-            d_rows, d_keys = d_weights @ keys, d_weights.transpose(-1, -2) @ rows
-            _split(dv, size)[0].add_(keys @ rows.transpose(-1, -2) @ row_grad)
+            d_rows, d_keys = _weighted(d_weights, keys), _weighted(d_weights.transpose(-1, -2), rows)
+            _split(dv, size)[0].add_(_weighted(keys @ rows.transpose(-1, -2), row_grad))
             _split(dq, size)[1].addcmul_(d_rows, row_decay)
             _split(dk, size)[0].addcmul_(d_keys, key_decay)
             _split(dg, size)[1].add_(_sum_from(d_rows * rows))
@@ -150,6 +150,15 @@ def _split(x: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """First and second halves of all blocks of 2 · size tokens: two views (blocks, size, …)."""
     blocks = x.view(-1, 2, size, x.shape[-1])
     return blocks[:, 0], blocks[:, 1]
+
+
+def _weighted(weights: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """`weights @ x`, (blocks, size, …); matrices this small are no faster for a kernel of BLAS than one by one."""
+    size = weights.shape[-1]
+    if size > 2:
+        return weights @ x
+    output = weights[..., :1] * x[:, :1]
+    return output if size == 1 else output.addcmul_(weights[..., 1:], x[:, 1:])
 
 
 def _sum_from(x: torch.Tensor) -> torch.Tensor:
