@@ -203,6 +203,8 @@ def test_video(temporal_window, impl):
 @by_layout
 def test_a_far_weight_of_0_is_the_window_alone(layout, impl):
     *qkv, zero = inputs_with(layout, far_weight=(0.0, 0.0, 0.0))
+    assert torch.equal(ours(layout, impl=impl)(*qkv, zero), local_attention(*qkv, layout, window=3, impl=impl))
+    zero.requires_grad_()  # now the linear part is computed
     hybrid = with_gradients(lambda q, k, v: ours(layout, impl=impl)(q, k, v, zero), qkv, torch.float32)
     local = with_gradients(lambda q, k, v: local_attention(q, k, v, layout, window=3, impl=impl), qkv, torch.float32)
     for a, b in zip(hybrid, local, strict=True):
@@ -458,7 +460,10 @@ def test_models_start_as_the_window_and_restore_exactly(make: Any) -> None:
         hybrid = linearize(model, HybridProcessor(window=2))(**inputs)[0]
         window = linearize(make(), ClearProcessor(window=2))(**inputs)[0]
         assert not torch.allclose(window, stock, atol=1e-3)
-        torch.testing.assert_close(hybrid, window, atol=1e-5, rtol=1e-5)
+        assert torch.equal(hybrid, window)
+    # Where λ is to have a gradient, the linear part is computed.
+    torch.testing.assert_close(model(**inputs)[0], window, atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
         tiny.train(model)
         for layer in layers_of(model):
             layer.processor.far.weight.abs_()  # type: ignore[union-attr]

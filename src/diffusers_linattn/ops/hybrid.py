@@ -96,9 +96,19 @@ def hybrid_attention(
     of_query, of_key = resolve_feature_map(feature_map)
     key_mask = reduce_to_key_mask(mask, layout, query.dtype)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if not layout.grids:
+    if not layout.grids or _known_to_add_nothing(far_weight):
         with torch.autocast(query.device.type, enabled=False):
-            return local_attention(query, key, value, layout, window=window, mask=mask, scale=scale, impl=impl)
+            return local_attention(
+                query,
+                key,
+                value,
+                layout,
+                window=window,
+                temporal_window=temporal_window,
+                mask=mask,
+                scale=scale,
+                impl=impl,
+            )
 
     phi_q, phi_k = of_query(query), of_key(key)
     far_weight = far_weight.to(phi_q.dtype) * unit_mean_scale(feature_map, phi_q.shape[-1])
@@ -149,6 +159,13 @@ def unit_mean_scale(feature_map: FeatureMapArgument, features: int) -> float:
     elif feature_map == "elu":  # x + 1 above 0, exp(x) below
         mean = 1 / math.sqrt(2 * math.pi) + 0.5 + math.exp(0.5) * 0.5 * math.erfc(1 / math.sqrt(2))
     return 1 / (features * mean**2)
+
+
+def _known_to_add_nothing(far_weight: torch.Tensor) -> bool:
+    """Whether λ is 0 in all heads, as in an untrained swap, where that is known without waiting for a device."""
+    if torch.compiler.is_compiling() or far_weight.device.type != "cpu":
+        return False
+    return not (torch.is_grad_enabled() and far_weight.requires_grad) and not far_weight.any()
 
 
 def _attend_in_kernel(
