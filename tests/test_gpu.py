@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -28,6 +29,8 @@ import tiny
 
 
 pytestmark = pytest.mark.gpu
+# What cuBLAS needs to be deterministic; it reads this once.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 LAYOUTS = {
     "text 77, 24x40": TokenLayout.joint(text=77, grid=(1, 24, 40)),
@@ -85,23 +88,30 @@ def assert_as_exact(ours: list, same: list, exact: list, floor: float, least: fl
         assert error <= allowed + floor * e.abs().max().clamp_min(least), f"{error:.1e}, allowed {allowed:.1e}"
 
 
+def with_gradients(output: torch.Tensor, leaves: list, dtype: torch.dtype) -> list:
+    """The output and the gradients of a weighted sum of it, the weights being numbers of `dtype`."""
+    weight = torch.linspace(-1, 1, output.numel(), device="cuda").reshape(output.shape).to(dtype)
+    return [output.detach(), *torch.autograd.grad((output * weight.to(output.dtype)).sum(), leaves)]
+
+
 def results_and_gradients(impl: str, kind: torch.dtype, inputs: list, layout: TokenLayout, **kwargs: Any) -> list:
     """Output and gradients of query, key, value and, if there are, pooled keys and values."""
     leaves = [x.to(kind).requires_grad_() for x in inputs]
     if len(leaves) == 5:
         kwargs |= {"pooled_key": leaves[3], "pooled_value": leaves[4]}
     output = local_attention(*leaves[:3], layout, impl=impl, **kwargs)
-    weight = torch.linspace(-1, 1, output.numel(), device="cuda").reshape(output.shape).to(kind)
-    return [output.detach(), *torch.autograd.grad((output * weight).sum(), leaves)]
+    return with_gradients(output, leaves, inputs[0].dtype)
 
 
-def check_kernel(layout: TokenLayout, dtype: torch.dtype, dim: int = 64, pooled: int = 0, **kwargs: Any) -> None:
+def check_kernel(
+    layout: TokenLayout, dtype: torch.dtype, dim: int = 64, pooled: int = 0, floor: float = 1e-6, **kwargs: Any
+) -> None:
     sizes = [layout.length] * 3 + [pooled] * 2 * bool(pooled)
     inputs = [torch.randn(2, n, 3, dim, dtype=dtype, device="cuda").transpose(1, 2) for n in sizes]
     ours = in_poisoned_memory(lambda: results_and_gradients("triton", dtype, inputs, layout, **kwargs))
     same = results_and_gradients("reference", dtype, inputs, layout, **kwargs)
     exact = results_and_gradients("reference", torch.float64, inputs, layout, **kwargs)
-    assert_as_exact(ours, same, exact, floor=1e-6, least=1)
+    assert_as_exact(ours, same, exact, floor, least=1)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +146,8 @@ def test_kernel_and_text_of_any_length(text: int) -> None:
 def test_kernel_in_tf32() -> None:
     torch.backends.cuda.matmul.allow_tf32 = True
     try:
-        check_kernel(LAYOUTS["reference"], torch.float32, window=6)
+        # Ours cuts digits off where cuBLAS may round.
+        check_kernel(LAYOUTS["reference"], torch.float32, window=6, floor=2**-9)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = False
 
@@ -152,13 +163,14 @@ def test_kernel_shares_key_heads() -> None:
         assert (a - e).norm() <= 1e-2 * e.norm()
 
 
-@pytest.mark.parametrize("feature_map", ["relu", "elu", "softmax"])
 @pytest.mark.parametrize("text", [0, 77])
 @pytest.mark.parametrize(
-    ("dim", "dtype"),
-    [(dim, torch.bfloat16) for dim in (8, 64, 72, 128, 200, 576)]
-    + [(dim, torch.float16) for dim in (72, 128, 576)]
-    + [(dim, torch.float32) for dim in (64, 128, 576)],
+    ("dim", "dtype", "feature_map"),
+    # Each is compiled, which takes most of the time.
+    [(dim, torch.bfloat16, "relu") for dim in (8, 64, 72, 128, 200, 576)]
+    + [(dim, torch.bfloat16, feature_map) for dim in (64, 576) for feature_map in ("elu", "softmax")]
+    + [(dim, torch.float16, "relu") for dim in (72, 128, 576)]
+    + [(dim, torch.float32, "relu") for dim in (64, 128, 576)],
     ids=str,
 )
 def test_linear_kernels(dim: int, dtype: torch.dtype, text: int, feature_map: str) -> None:
@@ -171,8 +183,7 @@ def test_linear_kernels(dim: int, dtype: torch.dtype, text: int, feature_map: st
     def run(attend: Callable[..., torch.Tensor], kind: torch.dtype, **kwargs: Any) -> list[torch.Tensor]:
         leaves = [x.to(kind).requires_grad_() for x in inputs]
         output = attend(*leaves, layout, feature_map=feature_map, mask=seen, **kwargs)
-        weight = torch.linspace(-1, 1, output.numel(), device="cuda").reshape(output.shape).to(kind)
-        return [output.detach(), *torch.autograd.grad((output * weight).sum(), leaves)]
+        return with_gradients(output, leaves, dtype)
 
     ours = in_poisoned_memory(lambda: run(linear_attention, dtype, impl="triton"))
     exact = run(linear_attention, torch.float64, impl="reference")
@@ -250,35 +261,46 @@ def gated_results(impl: str, kind: torch.dtype, inputs: list, layout: TokenLayou
     """Output and gradients of query, key, value and gate."""
     leaves = [x.to(kind).requires_grad_() for x in inputs]
     output = gated_linear_attention(*leaves, layout, impl=impl, **kwargs)
-    weight = torch.linspace(-1, 1, output.numel(), device="cuda").reshape(output.shape).to(kind)
-    return [output.detach(), *torch.autograd.grad((output * weight).sum(), leaves)]
+    return with_gradients(output, leaves, inputs[0].dtype)
 
 
-@pytest.mark.parametrize("per_head", [False, True], ids=["per channel", "per head"])
+GATED_CASES: dict[str, tuple[TokenLayout, dict[str, Any]]] = {
+    "columns": (LAYOUTS["33x17, text 5"], {"order": "columns"}),
+    "backward, elu": (LAYOUTS["video 3x9x11"], {"direction": "backward", "feature_map": "elu"}),
+    "reference": (LAYOUTS["reference"], {}),
+    "no denominator": (
+        TokenLayout.image((1, 12, 15)),
+        {"direction": "forward", "feature_map": None, "normalize": False},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", GATED_CASES)
 @pytest.mark.parametrize(
-    ("dim", "dtype"),
-    [(dim, torch.bfloat16) for dim in (16, 40, 64, 128, 256)]
-    + [(64, torch.float16), (64, torch.float32), (128, torch.float32)],
+    ("dim", "dtype", "per_head"),
+    [(64, torch.bfloat16, False), (64, torch.bfloat16, True), (64, torch.float16, False), (64, torch.float32, False)],
     ids=str,
 )
-def test_gated_kernels(dim: int, dtype: torch.dtype, per_head: bool) -> None:
+def test_gated_kernels(dim: int, dtype: torch.dtype, per_head: bool, case: str) -> None:
     """As `check_kernel`, with gates that forget everything among others."""
-    for seed, (layout, options) in enumerate(
-        [
-            (LAYOUTS["33x17, text 5"], {"order": "columns"}),
-            (LAYOUTS["video 3x9x11"], {"direction": "backward", "feature_map": "elu"}),
-            (LAYOUTS["reference"], {}),
-            (TokenLayout.image((1, 12, 15)), {"direction": "forward", "feature_map": None, "normalize": False}),
-        ]
-    ):
-        torch.manual_seed(seed)
-        inputs = [torch.randn(2, layout.length, 3, dim, dtype=dtype, device="cuda").transpose(1, 2) for _ in range(3)]
-        inputs.append(-torch.rand(2, 3, layout.length, 1 if per_head else dim, device="cuda").to(dtype))
-        inputs[3][:, :, ::7] = -1e4
-        ours = in_poisoned_memory(partial(gated_results, "triton", dtype, inputs, layout, **options))
-        same = gated_results("reference", dtype, inputs, layout, **options)
-        exact = gated_results("reference", torch.float64, inputs, layout, **options)
-        assert_as_exact(ours, same, exact, GATED_FLOORS[dtype], least=1e-3)
+    layout, options = GATED_CASES[case]
+    inputs = [torch.randn(2, layout.length, 3, dim, dtype=dtype, device="cuda").transpose(1, 2) for _ in range(3)]
+    inputs.append(-torch.rand(2, 3, layout.length, 1 if per_head else dim, device="cuda").to(dtype))
+    inputs[3][:, :, ::7] = -1e4
+    ours = in_poisoned_memory(partial(gated_results, "triton", dtype, inputs, layout, **options))
+    same = gated_results("reference", dtype, inputs, layout, **options)
+    exact = gated_results("reference", torch.float64, inputs, layout, **options)
+    assert_as_exact(ours, same, exact, GATED_FLOORS[dtype], least=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("dim", "dtype", "per_head"),
+    [(dim, torch.bfloat16, False) for dim in (16, 40, 128, 256)]
+    + [(128, torch.bfloat16, True), (128, torch.float32, False)],
+    ids=str,
+)
+def test_gated_kernels_at_other_head_dims(dim: int, dtype: torch.dtype, per_head: bool) -> None:
+    test_gated_kernels(dim, dtype, per_head, "columns")
 
 
 def test_gated_heads_in_several_launches(monkeypatch: pytest.MonkeyPatch) -> None:

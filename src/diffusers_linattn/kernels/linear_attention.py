@@ -277,8 +277,7 @@ class _Call:
                 self.text["text_bias"] = (text_bias * LOG2_E).expand(*key.shape[:2], -1)
         self.scale, self.feature_map = scale, feature_map
         # fp16 is multiplied in fp32, for its range: tf32 has all its digits.
-        half = key.dtype == torch.float16 and key.device.type == "cuda"
-        self.precision = "tf32" if half else fp32_precision(key.device)
+        self.precision = "tf32" if key.dtype == torch.float16 else fp32_precision(key.device)
 
     def text_blocks(self) -> int:
         return -(-self.num_text // self._launch("text_gradients_kernel").text)

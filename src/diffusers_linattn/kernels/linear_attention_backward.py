@@ -105,7 +105,8 @@ def feature_gradient_kernel(
         text_bias += batch * stride_bb + head * stride_bh
     count = tl.load(normalizer + feature, mask=feature < FEATURES, other=0.0)
     if COLUMN_BLOCKS == 1:  # the state stays where it is for all blocks of tokens
-        high, low = split(load_state(state, feature, column, FEATURES, COLUMNS, True), grad.dtype.element_ty, SPLIT)
+        whole = load_state(state, feature, column, FEATURES, COLUMNS, True)
+        high, low = split(whole, grad.dtype.element_ty, SPLIT, PRECISION)
 
     first = tl.program_id(1) * share
     last = tl.minimum(first + share, num_tokens)
@@ -124,9 +125,8 @@ def feature_gradient_kernel(
             for block in range(COLUMN_BLOCKS):
                 here = block * BLOCK_V + column
                 g = load_block(grad, token0, stride_gn, valid, here, COLUMNS, BLOCK_V)
-                high, low = split(
-                    load_state(state, feature, here, FEATURES, COLUMNS, True), grad.dtype.element_ty, SPLIT
-                )
+                part = load_state(state, feature, here, FEATURES, COLUMNS, True)
+                high, low = split(part, grad.dtype.element_ty, SPLIT, PRECISION)
                 acc = multiply(g, high, low, acc, SPLIT, PRECISION)
                 if NORMALIZED:
                     o = load_block(out, token0, stride_on, valid, here, COLUMNS, BLOCK_V)

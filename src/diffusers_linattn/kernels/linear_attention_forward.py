@@ -12,7 +12,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from diffusers_linattn.kernels.linear_blocks import EPS, features, load_block, load_state, multiply, split, store_block
+from diffusers_linattn.kernels.linear_blocks import (
+    EPS,
+    features,
+    load_block,
+    load_state,
+    multiply,
+    round_for_products,
+    split,
+    store_block,
+)
 from diffusers_linattn.kernels.local_attention_forward import attend
 
 
@@ -77,7 +86,8 @@ def state_kernel(
         if v.dtype == tl.bfloat16:
             acc = tl.dot(tl.trans(phi.to(tl.bfloat16)), v, acc)
         else:  # weights may be out of the range of fp16
-            acc = tl.dot(tl.trans(phi), v.to(tl.float32), acc, input_precision=PRECISION)
+            phi, v = round_for_products(phi, PRECISION), round_for_products(v.to(tl.float32), PRECISION)
+            acc = tl.dot(tl.trans(phi), v, acc, input_precision=PRECISION)
 
     place = tl.program_id(1).to(tl.int64) * tl.num_programs(2) + tl.program_id(2)
     pointers = state + place * FEATURES * COLUMNS + feature[:, None] * COLUMNS + column[None, :]
@@ -154,7 +164,8 @@ def product_kernel(
         text_value += batch * stride_tvb + head * stride_tvh
         text_bias += batch * stride_bb + head * stride_bh
     if FEATURE_BLOCKS == 1:  # the state stays where it is for all blocks of queries
-        high, low = split(load_state(state, feature, column, FEATURES, COLUMNS, False), query.dtype.element_ty, SPLIT)
+        whole = load_state(state, feature, column, FEATURES, COLUMNS, False)
+        high, low = split(whole, query.dtype.element_ty, SPLIT, PRECISION)
         count = tl.load(normalizer + feature, mask=feature < FEATURES, other=0.0)
 
     first = tl.program_id(1) * share
@@ -172,9 +183,8 @@ def product_kernel(
             for block in range(FEATURE_BLOCKS):
                 here = block * BLOCK_K + feature
                 phi = features(load_block(query, token0, stride_qn, valid, here, FEATURES, BLOCK_K), FEATURE_MAP)
-                high, low = split(
-                    load_state(state, here, column, FEATURES, COLUMNS, False), query.dtype.element_ty, SPLIT
-                )
+                part = load_state(state, here, column, FEATURES, COLUMNS, False)
+                high, low = split(part, query.dtype.element_ty, SPLIT, PRECISION)
                 acc = multiply(phi, high, low, acc, SPLIT, PRECISION)
                 total += tl.sum(phi * tl.load(normalizer + here, mask=here < FEATURES, other=0.0)[None, :], 1)
         if NORMALIZED:

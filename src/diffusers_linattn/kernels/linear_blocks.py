@@ -64,12 +64,22 @@ def through_features(gradient, x, FEATURE_MAP: tl.constexpr):
 
 
 @triton.jit
-def split(state, dtype: tl.constexpr, SPLIT: tl.constexpr):
+def round_for_products(x, PRECISION: tl.constexpr):
+    """fp32 `x` as products with it take it: in tf32 rounded, since tensor cores cut digits off, which shrinks sums."""
+    if PRECISION == "tf32":
+        rounded = ((x.to(tl.uint32, bitcast=True) + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
+        x = tl.where(x == x, rounded, x)  # the bits of NaN may run over
+    return x
+
+
+@triton.jit
+def split(state, dtype: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
     """The fp32 state as two summands in the dtype of the tokens, with which products in bf16 lose next to nothing."""
     if SPLIT:
         high = state.to(dtype)
         return high, (state - high.to(tl.float32)).to(dtype)
     else:
+        state = round_for_products(state, PRECISION)
         return state, state
 
 
@@ -80,4 +90,4 @@ def multiply(x, high, low, acc, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
         acc = tl.dot(x.to(high.dtype), high, acc)
         return tl.dot(x.to(high.dtype), low, acc)
     else:
-        return tl.dot(x.to(tl.float32), high, acc, input_precision=PRECISION)
+        return tl.dot(round_for_products(x.to(tl.float32), PRECISION), high, acc, input_precision=PRECISION)
