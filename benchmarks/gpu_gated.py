@@ -20,7 +20,18 @@ import torch.nn.functional as F
 
 from diffusers_linattn import TokenLayout, gated_linear_attention
 
-from gpu_operators import Method, Row, check, compare, make_inputs, make_parser, report, share_of_bandwidth, softmax
+from gpu_operators import (
+    Method,
+    Row,
+    check,
+    compare,
+    make_inputs,
+    make_parser,
+    report,
+    share_of_bandwidth,
+    softmax,
+    why_wrong,
+)
 from gpu_timing import copy_bandwidth
 
 
@@ -61,8 +72,10 @@ def measure_rows(arguments: argparse.Namespace) -> Iterator[Row]:
         *inputs, gate, per_head = with_gates(
             make_inputs(layout.length, *SHAPES[shape], arguments.dtype, arguments.device)
         )
-        for g in (gate, per_head):
-            check(functools.partial(gated_linear_attention, layout=layout, order="columns"), [*inputs, g])
+        attend = functools.partial(gated_linear_attention, layout=layout, order="columns")
+        if wrong := why_wrong(check, attend, [*inputs, gate]) or why_wrong(check, attend, [*inputs, per_head]):
+            yield {"shape": shape} | wrong
+            continue
         for side in arguments.sides:
             layout = TokenLayout.image((1, side, side))
             inputs = with_gates(make_inputs(layout.length, *SHAPES[shape], arguments.dtype, arguments.device))

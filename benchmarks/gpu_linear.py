@@ -31,14 +31,15 @@ from gpu_operators import (
     report,
     share_of_bandwidth,
     softmax_methods,
+    why_wrong,
 )
 from gpu_timing import copy_bandwidth
 
 
 # Heads, head_dim and text tokens.
 CASES = {"flux, image alone": (24, 128, 0), "flux": (24, 128, 512), "lit": (2, 576, 0)}
-# One pass of softmax attention over more takes seconds.
-MOST_SOFTMAX_TOKENS = 256**2
+# One pass of softmax attention over more takes seconds; no fast kernel takes heads of more than 256.
+MOST_SOFTMAX_TOKENS, MOST_WIDE_SOFTMAX_TOKENS = 256**2, 128**2
 
 
 def einsum(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -65,7 +66,7 @@ def methods(layout: TokenLayout, head_dim: int, device: str) -> dict[str, Method
         table["einsum"] = einsum
         if importlib.util.find_spec("fla") is not None and device == "cuda" and head_dim <= 256:
             table["fla, causal"] = causal
-    if layout.length <= MOST_SOFTMAX_TOKENS + layout.num_text:
+    if layout.length - layout.num_text <= (MOST_SOFTMAX_TOKENS if head_dim <= 256 else MOST_WIDE_SOFTMAX_TOKENS):
         table |= softmax_methods(device == "cuda" and head_dim <= 256)
     return table
 
@@ -75,7 +76,9 @@ def measure_rows(arguments: argparse.Namespace) -> Iterator[Row]:
         heads, head_dim, text = CASES[case]
         layout = TokenLayout.joint(text=min(text, 77), grid=(1, 17, 21))
         inputs = make_inputs(layout.length, min(heads, 2), head_dim, arguments.dtype, arguments.device)
-        check(functools.partial(linear_attention, layout=layout), inputs)
+        if wrong := why_wrong(check, functools.partial(linear_attention, layout=layout), inputs):
+            yield {"case": case} | wrong
+            continue
         for side in arguments.sides:
             layout = TokenLayout.joint(text=text, grid=(1, side, side))
             inputs = make_inputs(layout.length, heads, head_dim, arguments.dtype, arguments.device)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gpu_timing import environment, extra_megabytes, measure, write
+from gpu_timing import environment, extra_megabytes, in_short, measure, write
 
 
 Method = Callable[..., torch.Tensor]
@@ -26,7 +26,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
         "--sides", type=int, nargs="+", default=[64, 128, 256, 512], help="sides of the grid in tokens"
     )
     parser.add_argument("--passes", nargs="+", default=["forward", "backward"])
-    parser.add_argument("--seconds", type=float, default=0.5, help="about how long one row takes")
+    parser.add_argument("--seconds", type=float, default=0.5, help="about how long one row takes; 0: one turn")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes on a CPU, in Triton's interpreter")
     return parser
@@ -68,12 +68,32 @@ def check(attend: Method, inputs: list[torch.Tensor]) -> None:
     for ours, expected in zip(*results, strict=True):
         error = (ours.float() - expected.float()).norm() / expected.float().norm()
         if not error < 2e-2:
-            raise SystemExit(f"ours is off by {error:.1e}: nothing was timed.")
+            raise RuntimeError(f"off by {error:.1e}, nothing was timed")
 
 
-def compare(methods: dict[str, Method], inputs: list[torch.Tensor], name: str, device: str, seconds: float) -> Row:
-    """The times of all methods in one pass, `"forward"` or `"backward"`, and how much faster `"ours"` is."""
+def why_wrong(check: Callable[..., None], *arguments: Any) -> Row | None:
+    """What stands in place of the times where ours fails the check; `None` if it passes."""
+    try:
+        check(*arguments)
+    except Exception as error:  # whatever the compiler raises: the other rows are still wanted
+        return {"ms": {"ours": in_short(error)}}
+    return None
+
+
+def compare(
+    methods: dict[str, Method],
+    inputs: list[torch.Tensor],
+    name: str,
+    device: str,
+    seconds: float,
+    known: dict[str, float | str] | None = None,
+) -> Row:
+    """The times of all methods in one pass, `"forward"` or `"backward"`, and how much faster `"ours"` is.
+
+    `known` are times that were measured before, in the same run on such inputs.
+    """
     runs: dict[str, Callable[[], Any]] = {}
+    times = dict(known or {})
     for method, function in methods.items():
         if name == "forward":
             runs[method] = torch.no_grad()(functools.partial(function, *inputs))
@@ -81,15 +101,16 @@ def compare(methods: dict[str, Method], inputs: list[torch.Tensor], name: str, d
         leaves = [x.detach().requires_grad_() for x in inputs]
         try:
             output = function(*leaves)
-        except (RuntimeError, ValueError, NotImplementedError) as error:
-            print(f"{method}: {type(error).__name__}", flush=True)
+        except Exception as error:
+            times[method] = in_short(error)
             continue
         options = {"retain_graph": True, "allow_unused": True}
         runs[method] = functools.partial(torch.autograd.grad, output, leaves, torch.randn_like(output), **options)
-    times = measure(runs, device, seconds)
-    row: Row = {"pass": name, "ms": times, "extra_megabytes": extra_megabytes(runs["ours"], device)}
+    times |= measure(runs, device, seconds)
+    row: Row = {"pass": name, "ms": times}
     mine = times["ours"]
     if isinstance(mine, float):
+        row["extra_megabytes"] = extra_megabytes(runs["ours"], device)
         others = {method: value for method, value in times.items() if isinstance(value, float) and method != "ours"}
         row["times_faster"] = {method: round(value / mine, 3) for method, value in others.items()}
     return row
@@ -103,10 +124,16 @@ def share_of_bandwidth(row: Row, moved_bytes: int, bandwidth: float | None) -> R
 
 
 def report(name: str, arguments: argparse.Namespace, setting: Row, rows: Iterable[Row]) -> None:
-    """Print rows as they come, and store all so far after each: what was measured stays if time runs out."""
+    """Print rows as they come, and store all so far after each: what was measured stays if time runs out.
+
+    Ends with an error if one of ours failed somewhere.
+    """
     table: Row = {"environment": environment(arguments.device), "setting": setting, "rows": []}
     for row in rows:
         table["rows"].append(row)
         print(json.dumps(row), flush=True)
         if not arguments.smoke:
             write(name, arguments.output, table)
+    times = [(method, value) for row in table["rows"] for method, value in row["ms"].items()]
+    if failed := sum(method.startswith("ours") and isinstance(value, str) for method, value in times):
+        raise SystemExit(f"{name}: ours failed {failed} times")
