@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from diffusers_linattn import ClearProcessor, linearize, restore, status
 
 import windowed_methods as methods
 from gpu_operators import Method
-from gpu_timing import environment, write
+from gpu_timing import environment, in_short, write
 
 
 SIZES = {64: "1K", 128: "2K", 256: "4K", 512: "8K"}
@@ -44,27 +45,20 @@ SMOKE: dict[str, Any] = {
 class FlexProcessor(ClearProcessor):
     """CLEAR's window through FlexAttention in raster order."""
 
-    compiled = True
+    flex: Method  # of the class, and set before blocks are compiled, which would trace how its mask is made
 
     def attend(self, call: Any) -> torch.Tensor:
-        return _flex(call.layout, self.window, str(call.query.device), self.compiled)(call.query, call.key, call.value)
+        return self.flex(call.query, call.key, call.value)
 
 
-@functools.lru_cache(maxsize=2)
-def _flex(layout: Any, window: int, device: str, compiled: bool) -> Method:
-    _, height, width = layout.grids[0].grid
-    assert height == width, "this benchmark uses squares"
-    return methods.flex(layout.num_text, height, window, device, tiled=False, compiled=compiled)
-
-
-def make_model(device: str, smoke: bool) -> FluxTransformer2DModel:
+def make_model(device: str, smoke: bool, layers: int) -> FluxTransformer2DModel:
     if smoke:
         return FluxTransformer2DModel(**SMOKE).eval()
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device(device):
-            return FluxTransformer2DModel(guidance_embeds=True).eval()
+            return FluxTransformer2DModel(guidance_embeds=True, num_layers=layers, num_single_layers=2 * layers).eval()
     finally:
         torch.set_default_dtype(default)
 
@@ -85,25 +79,29 @@ def make_inputs(model: FluxTransformer2DModel, side: int, text: int, device: str
     return inputs | {"img_ids": ids.reshape(-1, 3).to(device), "txt_ids": torch.zeros(text, 3, device=device)}
 
 
-def seconds(run: Callable[[], Any], device: str, repeats: int, warm_up: bool) -> float:
-    times = []
-    for i in range(repeats + warm_up):
+def seconds(run: Callable[[], torch.Tensor], device: str, warm_up: bool) -> tuple[float, torch.Tensor]:
+    """The least of three times, or the first of over a second, and what the last run gave."""
+    times: list[float] = []
+    if warm_up:
+        run()
+    while len(times) < 3 and max(times, default=0.0) < 1:
         if device == "cuda":
             torch.cuda.synchronize()
         start = time.perf_counter()
-        run()
+        output = run()
         if device == "cuda":
             torch.cuda.synchronize()
-        if i >= warm_up:
-            times.append(time.perf_counter() - start)
-    return min(times)
+        times.append(time.perf_counter() - start)
+    return min(times), output
 
 
-def convert(model: FluxTransformer2DModel, method: str, window: int, smoke: bool) -> None:
+def convert(model: FluxTransformer2DModel, method: str, window: int, side: int, text: int, smoke: bool) -> None:
     restore(model)
     if method == "ours":
         linearize(model, ClearProcessor(window=window, impl="triton" if smoke else None))
     elif method == "flex":
+        device = str(model.device)
+        FlexProcessor.flex = staticmethod(methods.flex(text, side, window, device, tiled=False, compiled=not smoke))
         linearize(model, FlexProcessor(window=window))
 
 
@@ -114,59 +112,67 @@ def step(model: FluxTransformer2DModel, inputs: dict[str, torch.Tensor]) -> torc
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sides", type=int, nargs="+", default=[64, 128, 256], help="sides of the grid in tokens")
+    parser.add_argument("--sides", type=int, nargs="+", default=[256, 128, 64], help="sides of the grid in tokens")
     parser.add_argument("--window", type=int, default=16)
     parser.add_argument("--methods", nargs="+", default=["dense", "flex", "ours"])
+    parser.add_argument("--layers", type=int, default=19, help="double blocks; of single ones there are twice as many")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes on a CPU, in Triton's interpreter")
     arguments = parser.parse_args()
-    device, text = ("cpu", 5) if arguments.smoke else ("cuda", 512)
-    sides, window = ([16], 4) if arguments.smoke else (arguments.sides, arguments.window)
-    FlexProcessor.compiled = not arguments.smoke
-    model = make_model(device, arguments.smoke)
+    smoke = arguments.smoke
+    device, text = ("cpu", 5) if smoke else ("cuda", 512)
+    sides, window = ([16], 4) if smoke else (arguments.sides, arguments.window)
+    model = make_model(device, smoke, arguments.layers)
     rows: list[dict[str, Any]] = []
     report = {"environment": environment(device), "window": window, "text": text, "rows": rows}
-    for compiled in (False, True):
-        for side in sides:
-            inputs = make_inputs(model, side, text, device)
-            row: dict[str, Any] = {"side": side, "size": SIZES.get(side), "compiled_blocks": compiled}
-            outputs: dict[str, torch.Tensor] = {}
-            for method in arguments.methods:
-                if compiled and method == "dense" and side >= 512:
-                    continue  # a minute and a half, and the blocks' other work is a few percent of it
-                torch._dynamo.reset()
-                convert(model, method, window, arguments.smoke)
-                try:
-                    if compiled:
-                        backend = "eager" if arguments.smoke else "inductor"
-                        model.compile_repeated_blocks(fullgraph=method != "flex", backend=backend)
-                    if device == "cuda":
-                        torch.cuda.reset_peak_memory_stats()
-                    long = method == "dense" and side >= 512
-                    run = functools.partial(step, model, inputs)
-                    row[method] = round(seconds(run, device, 1 if long else 3, warm_up=not long), 4)
-                    if device == "cuda":
-                        row[f"{method}_peak_gigabytes"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-                    if method != "dense":
-                        outputs[method] = run()
-                        if method == "ours":
-                            row["implementation"] = status(model).converted[0].implementation
-                except Exception as error:  # one method that fails must not hide the others
-                    row[method] = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
-                finally:
-                    for block in (*model.transformer_blocks, *model.single_transformer_blocks):
-                        block._compiled_call_impl = None
-            if len(outputs) == 2:
-                difference = (outputs["ours"] - outputs["flex"]).norm() / outputs["flex"].norm()
-                row["ours_differs_from_flex_by"] = float(difference)
-            ours = row.get("ours")
-            if isinstance(ours, float):
-                others = [m for m in ("dense", "flex") if isinstance(row.get(m), float)]
-                row["times_faster"] = {method: round(row[method] / max(ours, 1e-9), 3) for method in others}
-            rows.append(row)
+    if arguments.layers != 19:
+        report["layers"] = arguments.layers
+    failed = False
+    for side, compiled in itertools.product(sides, (False, True)):
+        inputs = make_inputs(model, side, text, device)
+        row: dict[str, Any] = {"side": side, "size": SIZES.get(side), "compiled_blocks": compiled}
+        rows.append(row)
+        outputs: dict[str, torch.Tensor] = {}
+        for method in arguments.methods:
+            long = method == "dense" and side >= 512
+            if compiled and long:
+                continue  # a minute and a half, and the blocks' other work is a few percent of it
+            torch._dynamo.reset()
+            try:
+                convert(model, method, window, side, text, smoke)
+                if compiled:
+                    model.compile_repeated_blocks(fullgraph=method != "flex", backend="eager" if smoke else "inductor")
+                if device == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
+                taken, outputs[method] = seconds(functools.partial(step, model, inputs), device, warm_up=not long)
+                row[method] = round(taken, 4)
+                if device == "cuda":
+                    row[f"{method}_peak_gigabytes"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+                if method == "ours":
+                    row["implementation"] = status(model).converted[0].implementation
+            except Exception as error:  # one method that fails must not hide the others
+                row[method] = in_short(error)
+                failed |= method == "ours"
+            finally:
+                for block in (*model.transformer_blocks, *model.single_transformer_blocks):
+                    block._compiled_call_impl = None
+            compare(row, outputs)
             print(json.dumps(row), flush=True)
-            if not arguments.smoke:
+            if not smoke:  # after every method: what was measured stays if time runs out
                 write("flux" if max(sides) < 512 else "flux-8k", arguments.output, report)
+    if failed:
+        raise SystemExit("flux: ours failed")
+
+
+def compare(row: dict[str, Any], outputs: dict[str, torch.Tensor]) -> None:
+    """Add what follows from the methods measured so far."""
+    if "ours" in outputs and "flex" in outputs:
+        difference = (outputs["ours"] - outputs["flex"]).norm() / outputs["flex"].norm()
+        row["ours_differs_from_flex_by"] = float(difference)
+    ours = row.get("ours")
+    if isinstance(ours, float):
+        others = [m for m in ("dense", "flex") if isinstance(row.get(m), float)]
+        row["times_faster"] = {method: round(row[method] / max(ours, 1e-9), 3) for method in others}
 
 
 if __name__ == "__main__":

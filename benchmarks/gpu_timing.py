@@ -50,7 +50,7 @@ def _time(run: Callable[[], Any], device: str) -> float:
         return 1e3 * (time.perf_counter() - start)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
-    # Some 2 ms in which the GPU waits and the host puts the work into the queue, whose launches are not to be measured.
+    # Some 2 ms in which the host puts the work into the queue: launches and what comes before them are not measured.
     torch.cuda._sleep(4_000_000)
     begin.record()
     run()

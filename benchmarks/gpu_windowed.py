@@ -5,8 +5,8 @@
 
 Compared are scaled_dot_product_attention over all tokens (cuDNN, flash), compiled FlexAttention over tokens in
 raster order, as CLEAR runs it, and in tile order (the permutation not counted), and NATTEN (a square window, no text)
-if it is installed. Every line is a ratio within one run; our output and gradients are checked before each. Attention over
-all tokens is measured with the first window.
+if it is installed. Every line is a ratio within one run, attention over all tokens measured once per side; our output
+and gradients are checked before each.
 """
 
 from __future__ import annotations
