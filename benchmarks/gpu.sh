@@ -1,53 +1,94 @@
 #!/usr/bin/env bash
-# Every GPU test and benchmark. Needs torch with CUDA, triton and this package's dependencies.
+# Every GPU test and benchmark. Needs torch with CUDA, triton, pytest-xdist and this package's dependencies; those that
+# are not installed may lie in a folder named by PYTHONPATH.
 #   benchmarks/gpu.sh            tests, operators, DiT and FLUX up to 4K, in under nine minutes
 #   benchmarks/gpu.sh tests|windowed|linear|gated|dit|flux|flux-8k|memory-check    one part
+# With OUT=folder the results go there instead of to benchmarks/results, and beside them the log and a list of the tests.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-export PYTHONPATH="src:${PYTHONPATH:-}"
+if [[ -n "${OUT:-}" && -z "${LOGGED:-}" ]]; then
+  LOGGED=1 benchmarks/gpu.sh "$@" 2>&1 | tee -a "$OUT/log"
+  exit
+fi
+export PYTHONPATH="src${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+# One for all: torch's compiler would set another, in the middle of a benchmark.
+export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$HOME/.triton/cache}"
+output="${OUT:-benchmarks/results}"
 
-tests() { timeout "${1:-540}" python -m pytest -m gpu tests/test_gpu.py; }
-windowed() { timeout "${1:-540}" python benchmarks/gpu_windowed.py "${@:2}"; }
-linear() { timeout "${1:-540}" python benchmarks/gpu_linear.py "${@:2}"; }
-gated() { timeout "${1:-540}" python benchmarks/gpu_gated.py "${@:2}"; }
-flux() { timeout "${1:-540}" python benchmarks/gpu_flux.py "${@:2}"; }
-dit() { timeout "${1:-540}" python benchmarks/gpu_dit.py "${@:2}"; }
+# `limited SECONDS COMMAND...`; interrupted, pytest sums up what it has seen.
+limited() { timeout -s INT -k 15 "$@"; }
+tests() {
+  local workers
+  workers=$(env -u OMP_NUM_THREADS nproc) # which takes that variable for an answer
+  OMP_NUM_THREADS=1 limited "$1" python -m pytest -m gpu -n "$workers" --dist worksteal \
+    ${OUT:+"--junitxml=$OUT/tests.xml"} tests/test_gpu.py
+}
+benchmark() { limited "$1" python "benchmarks/gpu_$2.py" --output "$output" "${@:3}"; }
 # Reads and writes out of bounds and races, on the kernels at one small size.
 memory_check() {
-  timeout 540 compute-sanitizer --tool memcheck --error-exitcode 1 python -m pytest -m gpu tests/test_gpu.py \
+  limited 540 compute-sanitizer --tool memcheck --error-exitcode 1 python -m pytest -m gpu tests/test_gpu.py \
     -k "test_kernel_on_every_layout and 8 and bfloat16"
 }
 
+# Compiling takes longer than running, but what is compiled stays on the disk. So the benchmarks run once without
+# measuring, all at once, before the first of them is timed. What Triton compiles depends on sizes only in whether they
+# are multiples of 16, which the tokens of all sides are: one side does for linear and gated attention. What torch
+# compiles, FlexAttention and FLUX's blocks, depends on every size but the number of blocks.
+warm_up() {
+  local side shape
+  for side in 64 128 256 512; do compile "$1" windowed --sides "$side" --seconds 0; done
+  for side in 64 128 256; do compile "$1" flux --sides "$side" --layers 1; done
+  compile "$1" linear --sides 64 --seconds 0
+  for shape in flux dit-s; do compile "$1" gated --shapes "$shape" --sides 64 --seconds 0; done
+  compile "$1" dit --layers 1 --methods linear gated "gated, one way" --seconds 0
+  wait
+}
+compile() {
+  (
+    status=0 log="$scratch/$BASHPID.log"
+    timeout -k 5 "$1" python "benchmarks/gpu_$2.py" --output "$scratch" "${@:3}" >"$log" 2>&1 || status=$?
+    echo "compiled in $SECONDS s, status $status: ${*:2}"
+    if ((status)); then tail -n 3 "$log"; fi
+  ) &
+}
+
 failed=0
-# A part that fails or runs out of time says so, and the others go on: each checks its own results before it times them,
-# and stores row by row what it has measured.
+# `part END COMMAND...` runs a command, which takes a limit first, until so many seconds after the start. One that fails
+# or runs out of time says so, and the others go on: each checks its own results before it times them, and stores row by
+# row what it has measured.
 part() {
-  local status=0
-  "$@" || status=$?
-  case "$status" in
-    0) ;;
-    124) echo "$1: out of time, run this part alone" >&2 ;;
-    *) echo "$1: failed" >&2; failed=1 ;;
-  esac
+  local status=0 name="${3:-$2}"
+  "$2" "$(($1 - SECONDS))" "${@:3}" || status=$?
+  if ((status == 124 || (status == 137 && SECONDS >= $1))); then
+    echo "$name: out of time, run this part alone" >&2
+    if [[ $name == tests ]]; then failed=1; fi
+  elif ((status)); then
+    echo "$name: failed with status $status" >&2
+    failed=1
+  fi
+  echo "$name: until $SECONDS s" >&2
 }
 
 case "${1:-all}" in
   all)
-    part tests 170
-    part windowed 110 --sides 128 256 64 512 --seconds 0.2
-    part linear 40 --seconds 0.2
-    part gated 40 --seconds 0.2
-    part dit 60
-    part flux 110
+    scratch=$(mktemp -d)
+    trap 'rm -rf "$scratch"' EXIT
+    # There are more processes than cores.
+    OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=2 warm_up 210 &
+    part 215 tests
+    wait
+    part 335 benchmark windowed --seconds 0.2
+    part 370 benchmark linear --seconds 0.2
+    part 415 benchmark gated --seconds 0.2
+    part 465 benchmark dit --seconds 0.5
+    part 520 benchmark flux
     exit "$failed"
     ;;
-  tests) tests ;;
-  windowed) windowed 540 --flex-windows 8 16 32 ;;
-  linear) linear ;;
-  gated) gated ;;
-  dit) dit 540 --seconds 5 ;;
-  flux) flux ;;
-  flux-8k) flux 540 --sides 512 ;;
+  tests) tests 540 ;;
+  windowed) benchmark 540 windowed --flex-windows 8 16 32 ;;
+  linear | gated | flux) benchmark 540 "$1" ;;
+  dit) benchmark 540 dit --seconds 5 ;;
+  flux-8k) benchmark 540 flux --sides 512 ;;
   memory-check) memory_check ;;
   *) echo "unknown part $1: expected tests, windowed, linear, gated, dit, flux, flux-8k or memory-check" >&2; exit 2 ;;
 esac
