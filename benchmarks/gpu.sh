@@ -15,8 +15,8 @@ export PYTHONPATH="src${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$HOME/.triton/cache}"
 output="${OUT:-benchmarks/results}"
 
-# `limited SECONDS COMMAND...`; interrupted, pytest sums up what it has seen.
-limited() { timeout -s INT -k 15 "$@"; }
+# `limited SECONDS COMMAND...`; interrupted, and not its workers at the same time, pytest sums up what it has seen.
+limited() { timeout --foreground -s INT -k 15 "$@"; }
 tests() {
   local workers
   workers=$(env -u OMP_NUM_THREADS nproc) # which takes that variable for an answer
