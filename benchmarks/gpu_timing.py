@@ -40,7 +40,9 @@ def measure(runs: dict[str, Callable[[], Any]], device: str, seconds: float) -> 
 
 
 def in_short(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:160]}"
+    """Its name, and the first and the last line of what it says: Triton's begin with the place in the source."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {' ... '.join(dict.fromkeys((lines[0], lines[-1])))[:300]}"
 
 
 def _time(run: Callable[[], Any], device: str) -> float:
