@@ -7,6 +7,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [[ -n "${OUT:-}" && -z "${LOGGED:-}" ]]; then
+  mkdir -p "$OUT"
   LOGGED=1 benchmarks/gpu.sh "$@" 2>&1 | tee -a "$OUT/log"
   exit
 fi
