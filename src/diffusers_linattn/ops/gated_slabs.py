@@ -153,7 +153,7 @@ def _split(x: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _weighted(weights: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """`weights @ x`, (blocks, size, …); matrices this small are no faster for a kernel of BLAS than one by one."""
+    """`weights @ x`, (blocks, size, …); matrices below a certain size torch multiplies number by number, slowly."""
     size = weights.shape[-1]
     if size > 2:
         return weights @ x
