@@ -423,7 +423,7 @@ def test_status_on_a_gpu_knows_dtype_and_head_dim(template, dim, dtype, expected
     for module in ("local_choice", "linear", "gated_choice"):
         monkeypatch.setattr(f"diffusers_linattn.ops.{module}.why_not", lambda device: None)
     with FakeTensorMode():
-        query = torch.empty(1, 2, 0, dim, dtype=dtype, device="cuda")
+        query = torch.empty(1, 2, 1, dim, dtype=dtype, device="cuda")
         assert template.implementation(TokenLayout.image((1, 128, 128)), query) == expected
         assert template.implementation(None, query) == expected
 

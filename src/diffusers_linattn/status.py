@@ -109,7 +109,7 @@ def _implementation(layer: Layer) -> str:
     heads, head_dim, _ = attention_size(layer.attn)
     model: Any = layer.model
     device = (tracker.device if tracker is not None else None) or model.device
-    query = torch.empty(1, heads, 0, head_dim, dtype=model.dtype, device=device)
+    query = torch.empty(1, heads, 1, head_dim, dtype=model.dtype, device=device)
     found = [layer.processor.implementation(layout, query) for layout in layouts or (None,)]
     return " or ".join(dict.fromkeys(found))
 

@@ -143,7 +143,7 @@ class BaseProcessor(nn.Module):
 
         Args:
             layout: Of the latest call, `None` before the first.
-            query: Like that of a call, but without tokens: (1, heads, 0, head_dim).
+            query: Like that of a call, but of one token: (1, heads, 1, head_dim). Its numbers are not read.
         """
         return self.impl or self.impls[0]
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from diffusers_linattn.layout import TokenLayout
 from diffusers_linattn.ops.checks import check_choice, check_positive_int, repeat_heads
-from diffusers_linattn.ops.linear import IMPLS, choose_impl, linear_attention
+from diffusers_linattn.ops.linear import IMPLS, choose_impl, linear_attention, regroup_heads
 from diffusers_linattn.ops.masks import key_visibility
 from diffusers_linattn.processors.attention_call import AttentionCall
 from diffusers_linattn.processors.base import BaseProcessor
@@ -96,8 +96,7 @@ class LinearProcessor(BaseProcessor):
         return attended
 
     def implementation(self, layout: TokenLayout | None, query: torch.Tensor) -> str:
-        if self.heads is not None:
-            query = query.new_empty(1, self.heads, 0, query.shape[1] * query.shape[3] // self.heads)
+        query = regroup_heads(query, self.heads or query.shape[1])
         return self.impl or choose_impl(query, query, None)
 
 
