@@ -22,7 +22,7 @@ def _seed() -> None:
 @pytest.fixture(autouse=True)
 def _number_formats_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
-        from interpreted_bf16 import use_gpu_number_formats
+        from gpu_number_formats import use_gpu_number_formats
 
         use_gpu_number_formats(monkeypatch)
 

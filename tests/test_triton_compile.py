@@ -49,9 +49,8 @@ def test_variants_fit(flags: dict[str, bool]) -> None:
 def test_linear_attention_fits(chip: int, head_dim: int, dtype: torch.dtype) -> None:
     # Between the loops, once per block of queries, some words of the two beside text lie in local memory; the most of
     # them where Triton 3.6 compiles.
-    outside = {"query gradient, text": 72, "product, text": 28}
-    if head_dim != 128:
-        outside = {"state": 4, "state of gradients": 4}
+    beside_text, others = {"query gradient, text": 72, "product, text": 28}, {"state": 4, "state of gradients": 4}
+    outside = beside_text if head_dim == 128 else others
     for name in linear.LAUNCHES | (linear.TEXT_LAUNCHES if head_dim <= 128 else {}):
         result = linear.compile_launch(name, head_dim, dtype, chip)
         assert result.loop_spills <= 1, f"{name}: {result}"

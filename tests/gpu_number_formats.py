@@ -17,9 +17,8 @@ from triton.runtime import interpreter
 
 def use_gpu_number_formats(monkeypatch: pytest.MonkeyPatch) -> None:
     """Patch the interpreter for as long as `monkeypatch` lives."""
-    builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
-    cast, dot = builder.cast_impl, builder.create_dot
-    binary, unary, ternary, reduce = builder.binary_op, builder.unary_op, builder.ternary_op, interpreter.ReduceOps
+    builder, handle, reduction = interpreter.InterpreterBuilder, interpreter.TensorHandle, interpreter.ReduceOps
+    cast, dot, reduce = builder.cast_impl, builder.create_dot, reduction.apply_impl
 
     def cast_impl(self: Any, source: Any, target: Any) -> Any:
         kinds = source.dtype.scalar, target.scalar
@@ -46,16 +45,15 @@ def use_gpu_number_formats(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return checked
 
-    def reduced(self: Any, values: Any) -> Any:
+    def apply_impl(self: Any, values: Any) -> Any:
         assert all(x.dtype.scalar != tl.bfloat16 for x in values), "a sum or maximum of bf16"
-        return apply(self, values)
+        return reduce(self, values)
 
-    apply = reduce.apply_impl
     monkeypatch.setattr(builder, "cast_impl", cast_impl)
     monkeypatch.setattr(builder, "create_dot", create_dot)
-    for name, compute in {"binary_op": binary, "unary_op": unary, "ternary_op": ternary}.items():
-        monkeypatch.setattr(builder, name, refusing(compute))
-    monkeypatch.setattr(reduce, "apply_impl", reduced)
+    monkeypatch.setattr(reduction, "apply_impl", apply_impl)
+    for name in ("binary_op", "unary_op", "ternary_op"):
+        monkeypatch.setattr(builder, name, refusing(getattr(builder, name)))
 
 
 def widen(bits: np.ndarray) -> np.ndarray:
