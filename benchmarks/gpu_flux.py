@@ -124,9 +124,8 @@ def main() -> None:
     sides, window = ([16], 4) if smoke else (arguments.sides, arguments.window)
     model = make_model(device, smoke, arguments.layers)
     rows: list[dict[str, Any]] = []
-    report = {"environment": environment(device), "window": window, "text": text, "rows": rows}
-    if arguments.layers != 19:
-        report["layers"] = arguments.layers
+    setting = {"window": window, "text": text, "layers": arguments.layers}
+    report = {"environment": environment(device), **setting, "rows": rows}
     failed = False
     for side, compiled in itertools.product(sides, (False, True)):
         inputs = make_inputs(model, side, text, device)
