@@ -10,29 +10,30 @@ from typing import Any
 
 import torch
 
-from diffusers_linattn.kernels.gated_attention import BLOCK_K, BLOCK_V, CHUNK, SCAN, WARPS
+from diffusers_linattn.kernels.gated_attention import BLOCK, CHUNK, SCAN, WARPS, product_block
 
 from compile_kernels import CHIPS, TYPES, Compiled, _read
 
 
 # What a training step launches, by name: the kernel and the constants that differ from the usual ones.
 LAUNCHES: dict[str, tuple[str, dict[str, Any]]] = {
+    "weights": ("weights_kernel", {}),
     "states": ("states_kernel", {}),
     "gradients of states": ("states_kernel", {"GRADIENT": True}),
     "scan": ("scan_kernel", {}),
-    "weights": ("weights_kernel", {}),
     "output": ("output_kernel", {}),
-    "value gradient": ("output_kernel", {"GRADIENT": True}),
+    "value gradient": ("output_kernel", {"GRADIENT": True, "COUNTED": False}),
     "weight gradients": ("weight_gradients_kernel", {}),
-    "query gradient": ("gradients_kernel", {}),
-    "key gradient": ("gradients_kernel", {"OF_KEY": True}),
+    "gradients": ("gradients_kernel", {}),
 }
 PER_HEAD = {
     f"{name}, a gate per head": (kernel, {**flags, "SCALAR": True}) for name, (kernel, flags) in LAUNCHES.items()
 }
 _INTEGERS = ("heads", "first_head", "chunks", "length", "inner", "outer", "backward", "left")
-_FP32 = ("gate", "weight", "counts", "grad_counts", "decays", "totals", "grad_totals", "dgate", "grad", "out")
-_WORKSPACE = ("states", "grad_states", "weights", "grad_weights")
+_FP32 = ("gate", "weight", "counts", "grad_counts", "decays", "totals", "grad_totals", "dgate")
+_WORKSPACE = ("states", "grad_states", "weights", "grad_weights", "decayed", "decayed_queries", "decayed_keys")
+# The gradient of the operator's output, and that output.
+_FP32_IN = {"weight_gradients_kernel": ("grad",), "gradients_kernel": ("grad",), "output_kernel": ("out",)}
 
 
 def compile_launch(name: str, head_dim: int, dtype: torch.dtype, chip: int) -> Compiled:
@@ -50,23 +51,20 @@ def compile_launch(name: str, head_dim: int, dtype: torch.dtype, chip: int) -> C
         if hasattr(module, kernel_name)
     )
     half = dtype == torch.bfloat16
+    products = kernel_name in ("states_kernel", "output_kernel")
     constants: dict[str, Any] = {
         "KEY_DIM": head_dim,
         "VALUE_DIM": head_dim,
-        "BLOCK_K": BLOCK_K,
-        "BLOCK_V": BLOCK_V,
+        "BLOCK_K": product_block(dtype) if products else BLOCK,
+        "BLOCK_V": product_block(dtype) if products else SCAN[1] if kernel_name == "scan_kernel" else 32,
+        "ROWS": SCAN[0],
         "CHUNK": CHUNK,
         "HALF": CHUNK // 2,
         "LEVELS": (CHUNK // 2).bit_length() - 1,
-        "BLOCK": SCAN[0],
-        "STEPS": SCAN[1],
         "SCALAR": False,
         "BOTH": True,
         "GRADIENT": False,
-        "OF_KEY": False,
         "COUNTED": True,
-        "FEATURES": "relu",
-        "OTHER_FEATURES": "relu",
         "QUERY_FEATURES": "relu",
         "KEY_FEATURES": "relu",
         "PRECISION": "ieee" if half or dtype == torch.float32 else "tf32",
@@ -83,7 +81,8 @@ def compile_launch(name: str, head_dim: int, dtype: torch.dtype, chip: int) -> C
             attributes[(i,)] = [["tt.divisibility", 16]]
         else:
             element = "bf16" if half and argument in _WORKSPACE else "fp32"
-            signature[argument] = "*" + (element if argument in _FP32 + _WORKSPACE else TYPES[dtype])
+            given = argument in _FP32 + _WORKSPACE + _FP32_IN.get(kernel_name, ())
+            signature[argument] = "*" + (element if given else TYPES[dtype])
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": WARPS, "num_stages": 1, "enable_fp_fusion": True}

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,17 +20,24 @@ from diffusers_linattn.kernels.scan_paths import describe_path
 
 
 CHUNK = 64
-# Features and value columns that a program works on at a time: more need too many registers.
-BLOCK_K, BLOCK_V = 16, 32
 # Kernels of this kind with four gave wrong results on Hopper with Triton 3.4 to 3.7; with two, products are those of
 # `mma.sync`.
 WARPS = 2
-SCAN = (256, 4)  # elements of a state that a program follows, and chunks that it loads at a time
 MAX_DIM = 256
 IN_KERNEL_FEATURES = ("none", "relu", "elu")
 
-# Bytes of memory for states per launch: heads beyond it wait for the next one.
+# Bytes of memory for states and decayed queries and keys: heads beyond it wait for the next launch.
 _WORKSPACE = 2**30
+
+# Channels that a program works on at a time, where it computes decays; rows and columns of a state that one follows.
+BLOCK = 16
+SCAN = (8, 64)
+
+
+def product_block(dtype: torch.dtype) -> int:
+    """Channels that a program works on at a time where it multiplies matrices alone."""
+    return 64 if dtype == torch.bfloat16 else 32
+
 
 
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor gate"
@@ -64,9 +71,9 @@ def gated_attention_triton(
     call = _Call(query, key, value, gate, height, width, both, path, query_features, key_features, counted)
     sums, counts = empty_like(value, torch.float32), call.empty_counts()
     for heads in call.groups():
-        states = heads.states(call.key, call.value, None)
-        weights = heads.weights(states, counts)
-        heads.output(call.query, call.value, weights, states, sums, call.query_features, gradient=False)
+        inside = heads.weights()
+        states = heads.states(inside.keys, inside, call.value)
+        heads.output(inside.queries, inside, call.value, states, sums, counts)
     return sums, counts
 
 
@@ -115,11 +122,11 @@ def gated_attention_triton_backward(
     # A gate shared by all channels gets one part of its gradient per block of channels.
     dgate = query.new_empty(*query.shape[:3], call.key_blocks if call.scalar else query.shape[3], dtype=torch.float32)
     for heads in call.groups():
-        states = heads.states(call.key, call.value, None)
-        weights = heads.weights(states, None)
-        grad_states = heads.states(call.query, grad, grad_counts, decays=states[2])
-        heads.output(call.key, grad, weights, grad_states, dvalue, call.key_features, gradient=True)
-        heads.gradients(grad, grad_counts, states, grad_states, dquery, dkey, dgate)
+        inside = heads.weights()
+        states = heads.states(inside.keys, inside, call.value)
+        grad_states = heads.states(inside.queries, inside, grad, grad_counts)
+        heads.output(inside.keys, inside, grad, grad_states, dvalue)
+        heads.gradients(grad, grad_counts, inside, states, grad_states, dquery, dkey, dgate)
     dgate = dgate.sum(3, keepdim=True) if call.scalar else dgate
     return dquery, dkey, dvalue, dgate.to(gate.dtype)
 
@@ -182,20 +189,32 @@ class _Call:
         # fp16 has neither the range of a state nor that of a gradient divided by a denominator: it takes tf32.
         self.dtype = torch.bfloat16 if value.dtype == torch.bfloat16 else torch.float32
         self.precision = "tf32" if value.dtype == torch.float16 else fp32_precision(query.device)
-        self.key_blocks, self.value_blocks = -(-query.shape[3] // BLOCK_K), -(-value.shape[3] // BLOCK_V)
+        self.key_blocks = -(-query.shape[3] // BLOCK)
 
     def empty_counts(self) -> torch.Tensor:
         return self.query.new_empty(self.query.shape[:3] if self.counted else (0,), dtype=torch.float32)
 
     def groups(self) -> Iterator[_Heads]:
         """The heads of all samples, in groups whose states fit into the workspace."""
-        per_head = self.chunks * self.query.shape[3] * self.value.shape[3] * self.dtype.itemsize * (1 + self.both)
-        num_heads, step = self.query.shape[0] * self.query.shape[1], max(1, _WORKSPACE // max(1, per_head))
+        key_dim, value_dim = self.query.shape[3], self.value.shape[3]
+        per_chunk = (1 + self.both) * key_dim * (value_dim + 2 * CHUNK) + CHUNK * CHUNK
+        num_heads = self.query.shape[0] * self.query.shape[1]
+        step = max(1, _WORKSPACE // max(1, self.chunks * per_chunk * self.dtype.itemsize))
         for first in range(0, num_heads if self.chunks else 0, step):
             yield _Heads(self, first, min(step, num_heads - first))
 
 
-States = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+class _Inside(NamedTuple):
+    """What a chunk is by itself: see `weights_kernel`."""
+
+    weights: torch.Tensor
+    queries: torch.Tensor
+    keys: torch.Tensor
+    decays: torch.Tensor
+
+
+# The states that leave each chunk, and what they hold for values of 1.
+_States = tuple[torch.Tensor, torch.Tensor]
 
 
 class _Heads:
@@ -204,84 +223,81 @@ class _Heads:
     def __init__(self, call: _Call, first: int, number: int) -> None:
         self.call, self.first, self.number = call, first, number
 
-    def states(
-        self, key: torch.Tensor, value: torch.Tensor, weight: torch.Tensor | None, decays: torch.Tensor | None = None
-    ) -> States:
-        """The states that leave each chunk, what they hold for values of 1, and the decay over each chunk.
-
-        With `decays` from an earlier call, the gradients of states, from queries and gradients of the output.
-        """
-        call, gradient = self.call, decays is not None
-        features = call.query_features if gradient else call.key_features
-        key_dim, value_dim = key.shape[3], value.shape[3]
-        shape = (1 + call.both, self.number, call.chunks, key_dim)
-        states = key.new_empty(*shape, value_dim, dtype=call.dtype)
-        counts = key.new_empty(shape if call.counted else (0,), dtype=torch.float32)
-        if decays is None:
-            decays = key.new_empty(*shape[1:3], call.gate.shape[3], dtype=torch.float32)
-        from diffusers_linattn.kernels.gated_states import scan_kernel, states_kernel
-
-        self._launch(
-            states_kernel,
-            call.key_blocks * call.value_blocks,
-            [key, value, call.gate, counts if weight is None else weight, states, counts, decays],
-            [key, value, call.gate],
-            [key_dim, value_dim, BLOCK_K, BLOCK_V, CHUNK, call.scalar, call.both],
-            [gradient, call.counted, features, call.precision],
-        )
-        left = int(gradient and not call.both)
-        for x in (states, counts):
-            if x.numel():
-                columns = value_dim if x is states else 1
-                grid = (-(-key_dim * columns // SCAN[0]), self.number, 1 + call.both)
-                self._run(scan_kernel, grid, x, decays, call.chunks, left, key_dim, columns, call.scalar, *SCAN)
-        return states, counts, decays
-
-    def weights(self, states: States, totals: torch.Tensor | None) -> torch.Tensor:
-        """Weights inside each chunk; the sums of all weights of a query go into `totals`."""
+    def weights(self) -> _Inside:
+        """Weights inside each chunk, queries and keys decayed to its ends, and the decay over it."""
         from diffusers_linattn.kernels.gated_weights import weights_kernel
 
-        call = self.call
+        call, key_dim = self.call, self.call.query.shape[3]
         weights = call.query.new_empty(self.number, call.chunks, CHUNK, CHUNK, dtype=call.dtype)
-        counted = call.counted and totals is not None
+        shape = (1 + call.both, self.number, 2 * call.chunks, CHUNK // 2, key_dim)
+        queries, keys = (weights.new_empty(shape) for _ in range(2))
+        decays = weights.new_empty(self.number, 2 * call.chunks, call.gate.shape[3], dtype=torch.float32)
         self._launch(
             weights_kernel,
-            2,
-            [call.query, call.key, call.gate, states[1], weights, weights if totals is None else totals],
+            1,
+            [call.query, call.key, call.gate, weights, queries, keys, decays],
             [call.query, call.key, call.gate],
-            [call.query.shape[3], BLOCK_K, CHUNK // 2, _levels(), call.scalar, call.both, counted],
+            [key_dim, BLOCK, CHUNK // 2, _levels(), call.scalar, call.both],
             [call.query_features, call.key_features, call.precision],
         )
-        return weights
+        return _Inside(weights, queries, keys, decays)
+
+    def states(
+        self, decayed: torch.Tensor, inside: _Inside, value: torch.Tensor, weight: torch.Tensor | None = None
+    ) -> _States:
+        """The states that leave each chunk, from decayed keys; with `weight` their gradients, from decayed queries."""
+        from diffusers_linattn.kernels.gated_states import scan_kernel, states_kernel
+
+        call, gradient = self.call, weight is not None
+        shape = (*decayed.shape[:2], call.chunks, decayed.shape[4])
+        states = decayed.new_empty(*shape, value.shape[3])
+        counts = decayed.new_empty(shape if call.counted else (0,), dtype=torch.float32)
+        block, dims = product_block(decayed.dtype), (decayed.shape[4], value.shape[3])
+        blocks = [-(-n // block) for n in dims]
+        self._launch(
+            states_kernel,
+            blocks[0] * blocks[1],
+            [decayed, inside.decays, value, counts if weight is None else weight, states, counts],
+            [value],
+            [*dims, block, block, CHUNK // 2, call.scalar, call.both, gradient, call.counted, call.precision],
+        )
+        rows, columns = SCAN
+        grid = (-(-dims[0] // rows) * -(-dims[1] // columns), self.number, 1 + call.both)
+        left = int(gradient and not call.both)
+        settings = [call.chunks, left, *dims, rows, columns, call.scalar, call.counted, call.precision]
+        self._run(scan_kernel, grid, states, counts, inside.decays, *settings)
+        return states, counts
 
     def output(
         self,
-        query: torch.Tensor,
+        decayed: torch.Tensor,
+        inside: _Inside,
         value: torch.Tensor,
-        weights: torch.Tensor,
-        states: States,
+        states: _States,
         out: torch.Tensor,
-        features: str,
-        gradient: bool,
+        totals: torch.Tensor | None = None,
     ) -> None:
+        """What queries read, and the sums of their weights; without these, the value's gradient, from keys."""
         from diffusers_linattn.kernels.gated_states import output_kernel
 
-        call = self.call
+        call, gradient = self.call, totals is None
+        block, dims = product_block(decayed.dtype), (decayed.shape[4], value.shape[3])
         self._launch(
             output_kernel,
-            call.value_blocks,
-            [query, value, call.gate, weights, states[0], out],
-            [query, value, call.gate, out],
-            [query.shape[3], value.shape[3], BLOCK_K, BLOCK_V, CHUNK, call.scalar, call.both],
-            [gradient, features, call.precision],
+            -(-dims[1] // block),
+            [inside.weights, decayed, inside.decays, value, *states, out, out if totals is None else totals],
+            [value, out],
+            [*dims, block, block, CHUNK, call.scalar, call.both, gradient, call.counted and not gradient],
+            [call.precision],
         )
 
     def gradients(
         self,
         grad: torch.Tensor,
         grad_counts: torch.Tensor,
-        states: States,
-        grad_states: States,
+        inside: _Inside,
+        states: _States,
+        grad_states: _States,
         dquery: torch.Tensor,
         dkey: torch.Tensor,
         dgate: torch.Tensor,
@@ -289,35 +305,24 @@ class _Heads:
         from diffusers_linattn.kernels.gated_gradients import gradients_kernel, weight_gradients_kernel
 
         call = self.call
-        grad_weights = grad.new_empty(self.number, call.chunks, CHUNK, CHUNK, dtype=call.dtype)
+        grad_weights = states[0].new_empty(self.number, call.chunks, CHUNK, CHUNK)
+        value_dim = call.value.shape[3]
         self._launch(
             weight_gradients_kernel,
             1,
             [grad, call.value, grad_counts, grad_weights],
             [grad, call.value],
-            [call.value.shape[3], BLOCK_V, CHUNK, call.counted, call.precision],
+            [value_dim, 32, CHUNK, call.counted, call.precision],
         )
-        shared = [
-            call.query.shape[3],
-            call.value.shape[3],
-            BLOCK_K,
-            BLOCK_V,
-            CHUNK // 2,
-            _levels(),
-            call.scalar,
-        ]
-        sides = (
-            (call.query, call.key, grad, dquery, states, call.query_features, call.key_features),
-            (call.key, call.query, call.value, dkey, grad_states, call.key_features, call.query_features),
+        inputs, results = [call.query, call.key, call.gate, call.value, grad], [dquery, dkey, dgate]
+        self._launch(
+            gradients_kernel,
+            call.key_blocks,
+            [*inputs, grad_counts, grad_weights, *inside[1:], *states, *grad_states, *results],
+            [*inputs, *results],
+            [call.query.shape[3], value_dim, BLOCK, 32, CHUNK // 2, _levels(), call.scalar, call.both, call.counted],
+            [call.query_features, call.key_features, call.precision],
         )
-        for of_key, (own, other, factor, target, ours, *features) in enumerate(sides):
-            self._launch(
-                gradients_kernel,
-                call.key_blocks,
-                [own, other, call.gate, factor, grad_counts, grad_weights, *ours[:2], *grad_states[:2], target, dgate],
-                [own, other, call.gate, factor, target, dgate],
-                [*shared, call.both, bool(of_key), call.counted, *features, call.precision],
-            )
 
     def _launch(
         self, kernel: Any, blocks: int, tensors: list[torch.Tensor], strided: list[torch.Tensor], *constants: list[Any]

@@ -4,7 +4,7 @@ What the gate of a token takes part in: the weights of all pairs that it lies be
 products of a query with its gradient, summed from the token on, less those of the keys. So the sums of a chunk are
 kept apart by direction and by whether the pair crosses its border.
 
-Letters: C tokens of a chunk, K features, V value columns.
+Letters: C tokens of a chunk, S of half a chunk, K features, V value columns.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ import triton.language as tl
 
 from diffusers_linattn.kernels.gated_path import (
     across_halves,
+    as_operand,
+    decayed_run,
     double_blocks,
-    gates_towards,
     in_second_half,
     load_count,
+    load_decay,
     load_features,
     load_gate,
     load_state,
@@ -59,48 +61,61 @@ def weight_gradients_kernel(
     grad += head // heads * stride_ob + head % heads * stride_oh
     value += head // heads * stride_vb + head % heads * stride_vh
     dtype: tl.constexpr = grad_weights.dtype.element_ty
-    token, valid = run_tokens(chunk, length, inner, outer, backward, CHUNK, 0)
+    token, valid = run_tokens(chunk, length, inner, outer, backward, CHUNK)
     acc = tl.zeros([CHUNK, CHUNK], dtype=tl.float32)
     for block in range(0, (VALUE_DIM + BLOCK_V - 1) // BLOCK_V):
         column = block * BLOCK_V + tl.arange(0, BLOCK_V)
-        do = load_tile(grad, token, valid, column, stride_on, VALUE_DIM).to(dtype)
-        v = load_tile(value, token, valid, column, stride_vn, VALUE_DIM).to(dtype)
+        do = load_tile(grad, token, valid, column, stride_on, VALUE_DIM).to(tl.float32)
+        v = load_tile(value, token, valid, column, stride_vn, VALUE_DIM).to(tl.float32)
+        do, v = as_operand(do, dtype, PRECISION), as_operand(v, dtype, PRECISION)
         acc = tl.dot(do, tl.trans(v), acc, input_precision=PRECISION)
     if COUNTED:
         acc += tl.load(grad_totals + head * length + token, mask=valid, other=0.0)[:, None]
     row, column = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
-    tl.store(grad_weights + (slot * chunks + chunk) * CHUNK * CHUNK + row * CHUNK + column, acc.to(dtype))
+    grad_weights += (slot * chunks + chunk) * CHUNK * CHUNK + row * CHUNK + column
+    tl.store(grad_weights, as_operand(acc, dtype, PRECISION))
 
 
 @triton.jit(do_not_specialize=["heads", "first_head", "chunks", "length", "inner", "outer", "backward"])
 def gradients_kernel(
-    own,
-    other,
+    query,
+    key,
     gate,
-    factor,
+    value,
+    grad,
     grad_totals,
     grad_weights,
+    decayed_queries,
+    decayed_keys,
+    decays,
     states,
     counts,
     grad_states,
     grad_counts,
-    down,
+    dquery,
+    dkey,
     dgate,
-    stride_xb,
-    stride_xh,
-    stride_xn,
-    stride_yb,
-    stride_yh,
-    stride_yn,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_kb,
+    stride_kh,
+    stride_kn,
     stride_gb,
     stride_gh,
     stride_gn,
-    stride_fb,
-    stride_fh,
-    stride_fn,
-    stride_dxb,
-    stride_dxh,
-    stride_dxn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_ob,
+    stride_oh,
+    stride_on,
+    stride_dqb,
+    stride_dqh,
+    stride_dqn,
+    stride_dkb,
+    stride_dkh,
+    stride_dkn,
     stride_dgb,
     stride_dgh,
     stride_dgn,
@@ -119,192 +134,225 @@ def gradients_kernel(
     LEVELS: tl.constexpr,
     SCALAR: tl.constexpr,
     BOTH: tl.constexpr,
-    OF_KEY: tl.constexpr,
     COUNTED: tl.constexpr,
-    FEATURES: tl.constexpr,
-    OTHER_FEATURES: tl.constexpr,
+    QUERY_FEATURES: tl.constexpr,
+    KEY_FEATURES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The query's gradient and its part of the gate's; with `OF_KEY` the key's, whose part is added to dgate.
-
-    Grid (chunks, blocks of K, heads). own is the query, other the key, factor the output's gradient, states and counts
-    as they are. With `OF_KEY`, own is the key, other the query, factor the value, and states and counts are their
-    gradients. dgate has the gates' channels, or with `SCALAR` one per block of K, which the caller adds up.
-    """
+    """Grid (chunks, blocks of K, heads). dgate has the gates' channels, or with `SCALAR` one per block of K, which the
+    caller adds up."""
     chunk, slot, head = tl.program_id(0), tl.program_id(2).to(tl.int64), (first_head + tl.program_id(2)).to(tl.int64)
     channel = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    own += head // heads * stride_xb + head % heads * stride_xh
-    other += head // heads * stride_yb + head % heads * stride_yh
+    query += head // heads * stride_qb + head % heads * stride_qh
+    key += head // heads * stride_kb + head % heads * stride_kh
     gate += head // heads * stride_gb + head % heads * stride_gh
-    factor += head // heads * stride_fb + head % heads * stride_fh
-    down += head // heads * stride_dxb + head % heads * stride_dxh
+    value += head // heads * stride_vb + head % heads * stride_vh
+    grad += head // heads * stride_ob + head % heads * stride_oh
+    dquery += head // heads * stride_dqb + head % heads * stride_dqh
+    dkey += head // heads * stride_dkb + head % heads * stride_dkh
     dgate += head // heads * stride_dgb + head % heads * stride_dgh
+    grad_totals += head * length
+    grad_weights += (slot * chunks + chunk) * 4 * HALF * HALF
     dtype: tl.constexpr = states.dtype.element_ty
     GATE_DIM: tl.constexpr = 1 if SCALAR else KEY_DIM
-    WIDTH: tl.constexpr = 1 if SCALAR else BLOCK_K
-    # A query looks left along the path if there is one direction only, so that a key is seen from the right.
-    LEFT: tl.constexpr = BOTH or not OF_KEY
-    RIGHT: tl.constexpr = BOTH or OF_KEY
+    LEFT: tl.constexpr = 1 if BOTH else 0  # where what has decayed to the left lies among `decayed_queries`
     row, column = tl.arange(0, HALF)[:, None], tl.arange(0, HALF)[None, :]
-    grad_weights += (slot * chunks + chunk) * 4 * HALF * HALF
-    left_half = tl.zeros([BLOCK_K], dtype=tl.float32)
-    right_half = tl.zeros([BLOCK_K], dtype=tl.float32)
+    by_query, by_key = row * 2 * HALF + column, column * 2 * HALF + row
+    through = _through_chunk(
+        chunk, slot, chunks, channel, states, counts, grad_states, grad_counts, VALUE_DIM, KEY_DIM, BLOCK_V, BOTH, COUNTED
+    )
+    through *= load_decay(decays, slot, chunks, 2 * chunk, channel, GATE_DIM, SCALAR)
+    through *= load_decay(decays, slot, chunks, 2 * chunk + 1, channel, GATE_DIM, SCALAR)
+
+    first_dg, dg = tl.zeros([HALF, BLOCK_K], dtype=tl.float32), tl.zeros([HALF, BLOCK_K], dtype=tl.float32)
+    first_half, second_half = tl.zeros([BLOCK_K], dtype=tl.float32), tl.zeros([BLOCK_K], dtype=tl.float32)
     for half in range(0, 2):
-        is_right = half == 1
-        token, valid = run_tokens(2 * chunk + half, length, inner, outer, backward, HALF, 0)
-        x = load_features(own, token, valid, channel, stride_xn, KEY_DIM, FEATURES)
-        y = load_features(other, token, valid, channel, stride_yn, KEY_DIM, OTHER_FEATURES)
+        token, valid = run_tokens(2 * chunk + half, length, inner, outer, backward, HALF)
+        q = load_features(query, token, valid, channel, stride_qn, KEY_DIM, QUERY_FEATURES)
+        k = load_features(key, token, valid, channel, stride_kn, KEY_DIM, KEY_FEATURES)
         g = load_gate(gate, token, valid, channel, stride_gn, GATE_DIM, SCALAR)
 
         # Pairs inside this half. For the gates, `from_here` is summed from each token on, `up_to_here` up to it.
         near = grad_weights + half * (2 * HALF + 1) * HALF
-        dw = tl.load(near + (column * 2 * HALF + row if OF_KEY else row * 2 * HALF + column))
-        dx = tl.load(near + tl.arange(0, HALF) * (2 * HALF + 1)).to(tl.float32)[:, None] * y
-        from_here = tl.zeros([HALF, BLOCK_K], dtype=tl.float32)
-        up_to_here = tl.zeros([HALF, BLOCK_K], dtype=tl.float32)
-        before, after = tl.zeros([HALF, WIDTH], dtype=tl.float32), tl.zeros([HALF, WIDTH], dtype=tl.float32)
-        for LEVEL in tl.static_range(LEVELS):
-            if not SCALAR:
-                second = in_second_half(LEVEL, HALF)
-                decay = tl.exp(tl.where(second, before, after))  # of a key; a query passes its own gate, too
-                seen = tl.where(across_halves(LEVEL, HALF, BOTH, OF_KEY), dw, 0.0).to(dtype)
-                if OF_KEY:
-                    add = tl.dot(seen, (y * decay * tl.exp(g)).to(dtype), input_precision=PRECISION) * decay
-                else:
-                    add = tl.dot(seen, (y * decay).to(dtype), input_precision=PRECISION) * decay * tl.exp(g)
-                dx += add
-                add *= x
-                if OF_KEY:
-                    from_here -= tl.where(second, 0.0, add)
-                    up_to_here -= tl.where(second, add, 0.0)
-                else:
-                    from_here += tl.where(second, add, 0.0)
-                    up_to_here += tl.where(second, 0.0, add)
-            before, after = double_blocks(before, after, g, LEVEL, HALF, WIDTH)
-        if SCALAR:
-            for TO_RIGHT in tl.static_range(2):
-                if RIGHT if TO_RIGHT else LEFT:
-                    seen = tl.where(row < column if TO_RIGHT else row > column, dw, 0.0)
-                    seen = (seen * scalar_decays(g, HALF, LEVELS, BOTH, OF_KEY)).to(dtype)
-                    add = tl.dot(seen, y.to(dtype), input_precision=PRECISION)
-                    dx += add
-                    if OF_KEY and TO_RIGHT:
-                        from_here -= add * x
-                    elif OF_KEY:
-                        up_to_here -= add * x
-                    elif TO_RIGHT:
-                        up_to_here += add * x
-                    else:
-                        from_here += add * x
-
-        # Pairs with the other half.
-        far_token, far_valid = run_tokens(2 * chunk + 1 - half, length, inner, outer, backward, HALF, 0)
-        y = load_features(other, far_token, far_valid, channel, stride_yn, KEY_DIM, OTHER_FEATURES)
-        decay, far_total = gates_towards(
-            gate,
-            2 * chunk + 1 - half,
-            is_right,
-            length,
-            inner,
-            outer,
-            backward,
-            channel,
-            stride_gn,
-            GATE_DIM,
-            SCALAR,
-            HALF,
+        own = tl.load(near + tl.arange(0, HALF) * (2 * HALF + 1)).to(tl.float32)[:, None]
+        dq, dk, from_here, up_to_here, before, after = _inside_a_half(
+            own, tl.load(near + by_query), tl.load(near + by_key), q, k, g, LEVELS, SCALAR, BOTH, PRECISION
         )
-        if OF_KEY:
-            decay += load_gate(gate, far_token, far_valid, channel, stride_gn, GATE_DIM, SCALAR)
-        # With one direction, queries of the left half see no key of the right one.
-        seen = row + (1 - half if OF_KEY else half) * HALF >= (0 if BOTH else HALF)
-        if OF_KEY:
-            far = grad_weights + ((1 - half) * HALF + column) * 2 * HALF + half * HALF + row
-        else:
-            far = grad_weights + (half * HALF + row) * 2 * HALF + (1 - half) * HALF + column
-        dw = tl.load(far, mask=seen, other=0.0)
-        add = tl.dot(dw, (y * tl.exp(decay)).to(dtype), input_precision=PRECISION)
-        add *= tl.exp(tl.where(is_right, before, after) + (0.0 if OF_KEY else g))
-        dx += add
-        add *= x
-        if OF_KEY:
-            from_here -= tl.where(is_right, 0.0, add)
-            up_to_here -= tl.where(is_right, add, 0.0)
-        else:
-            from_here += tl.where(is_right, add, 0.0)
-            up_to_here += tl.where(is_right, 0.0, add)
+        before, after, passed = tl.exp2(before), tl.exp2(after), tl.exp2(g)  # from sums of gates to decays
 
-        # Pairs across the chunk's borders, to the left and to the right of it.
-        to_left = tl.zeros([HALF, BLOCK_K], dtype=tl.float32)
-        to_right = tl.zeros([HALF, BLOCK_K], dtype=tl.float32)
-        through = tl.zeros([BLOCK_K], dtype=tl.float32)
-        for block in range(0, (VALUE_DIM + BLOCK_V - 1) // BLOCK_V):
-            col = block * BLOCK_V + tl.arange(0, BLOCK_V)
-            f = load_tile(factor, token, valid, col, stride_fn, VALUE_DIM).to(dtype)
-            if LEFT:
-                state = load_state(states, 0, slot, chunks, chunk - 1, channel, col, KEY_DIM, VALUE_DIM)
-                to_left = tl.dot(f, tl.trans(state), to_left, input_precision=PRECISION)
-                if not OF_KEY:
-                    grad_state = load_state(
-                        grad_states, BOTH, slot, chunks, chunk + 1, channel, col, KEY_DIM, VALUE_DIM
-                    )
-                    through += tl.sum(state.to(tl.float32) * grad_state.to(tl.float32), 1)
-            if RIGHT:
-                state = load_state(states, BOTH, slot, chunks, chunk + 1, channel, col, KEY_DIM, VALUE_DIM)
-                to_right = tl.dot(f, tl.trans(state), to_right, input_precision=PRECISION)
-                if not OF_KEY:
-                    grad_state = load_state(grad_states, 0, slot, chunks, chunk - 1, channel, col, KEY_DIM, VALUE_DIM)
-                    through += tl.sum(state.to(tl.float32) * grad_state.to(tl.float32), 1)
+        # Pairs with the other half, which has decayed to the border between them: its right end, if it is the first.
+        is_second = half == 1
+        to_middle = tl.where(is_second, before, after)
+        far = tl.load(grad_weights + (2 * half * HALF + 1 - half) * HALF + by_query)
+        place, exists = decayed_run(
+            decayed_keys, (1 - half) * LEFT, slot, chunks, 2 * chunk + 1 - half, channel, KEY_DIM, HALF
+        )
+        x = tl.dot(far, tl.load(place, mask=exists, other=0.0), input_precision=PRECISION) * to_middle * passed
+        far = tl.load(grad_weights + (2 * (1 - half) * HALF + half) * HALF + by_key)
+        place, exists = decayed_run(
+            decayed_queries, (1 - half) * LEFT, slot, chunks, 2 * chunk + 1 - half, channel, KEY_DIM, HALF
+        )
+        y = tl.dot(far, tl.load(place, mask=exists, other=0.0), input_precision=PRECISION) * to_middle
+        if not BOTH:  # the first half's queries do not see the second half's keys
+            x, y = tl.where(is_second, x, 0.0), tl.where(is_second, 0.0, y)
+        dq, dk = dq + x, dk + y
+        x, y = x * q, y * k
+        from_here += tl.where(is_second, x, -y)
+        up_to_here += tl.where(is_second, -y, x)
+
+        # Pairs across the chunk's borders, to which the other half may lie between.
+        over = load_decay(decays, slot, chunks, 2 * chunk + 1 - half, channel, GATE_DIM, SCALAR)[None, :]
+        to_left, to_right = tl.where(is_second, before * over, before), tl.where(is_second, after, after * over)
+        x_left, x_right = _draw(
+            grad, token, valid, stride_on, states, slot, chunks, chunk, channel, KEY_DIM, VALUE_DIM, BLOCK_V,
+            BOTH, True, BOTH, PRECISION,
+        )  # fmt: skip
+        y_left, y_right = _draw(
+            value, token, valid, stride_vn, grad_states, slot, chunks, chunk, channel, KEY_DIM, VALUE_DIM, BLOCK_V,
+            BOTH, BOTH, True, PRECISION,
+        )  # fmt: skip
         if COUNTED:
-            dtotal = valid.to(tl.float32)[:, None]
-            if not OF_KEY:
-                dtotal = tl.load(grad_totals + head * length + token, mask=valid, other=0.0)[:, None]
-            if LEFT:
-                count = load_count(counts, 0, slot, chunks, chunk - 1, channel, KEY_DIM)
-                to_left += dtotal * count[None, :]
-                if not OF_KEY:
-                    through += count * load_count(grad_counts, BOTH, slot, chunks, chunk + 1, channel, KEY_DIM)
-            if RIGHT:
-                count = load_count(counts, BOTH, slot, chunks, chunk + 1, channel, KEY_DIM)
-                to_right += dtotal * count[None, :]
-                if not OF_KEY:
-                    through += count * load_count(grad_counts, 0, slot, chunks, chunk - 1, channel, KEY_DIM)
-        before += tl.where(is_right, far_total, 0.0)[None, :]
-        after += tl.where(is_right, 0.0, far_total)[None, :]
-        to_left *= tl.exp(before + (0.0 if OF_KEY else g))
-        to_right *= tl.exp(after + (0.0 if OF_KEY else g))
-        dx += to_left + to_right
-        store_tile(down, through_features(dx, x, FEATURES), token, valid, channel, stride_dxn, KEY_DIM)
+            dtotal = tl.load(grad_totals + token, mask=valid, other=0.0)[:, None]
+            x_left += dtotal * load_count(counts, 0, slot, chunks, chunk - 1, channel, KEY_DIM)[None, :]
+            y_right += load_count(grad_counts, LEFT, slot, chunks, chunk + 1, channel, KEY_DIM)[None, :]
+            if BOTH:
+                x_right += dtotal * load_count(counts, 1, slot, chunks, chunk + 1, channel, KEY_DIM)[None, :]
+                y_left += load_count(grad_counts, 0, slot, chunks, chunk - 1, channel, KEY_DIM)[None, :]
+        x_left, x_right = x_left * to_left * passed, x_right * to_right * passed
+        y_left, y_right = y_left * to_left, y_right * to_right
+        dq, dk = dq + x_left + x_right, dk + y_left + y_right
+        y_left, y_right = y_left * k, y_right * k
+        from_here += x_left * q + y_left
+        up_to_here += x_right * q + y_right
+        store_tile(dquery, through_features(dq, q, QUERY_FEATURES), token, valid, channel, stride_dqn, KEY_DIM)
+        store_tile(dkey, through_features(dk, k, KEY_FEATURES), token, valid, channel, stride_dkn, KEY_DIM)
 
-        to_left *= x
-        to_right *= x
-        from_here += to_left
-        up_to_here += to_right
-        if OF_KEY:
-            dg = -to_left - to_right  # a key's own gate is not between it and any query
-        else:
-            dg = through[None, :] * tl.exp(tl.sum(g, 0) + far_total)[None, :]
-        dg += tl.cumsum(from_here, 0, reverse=True) + tl.cumsum(up_to_here, 0) + left_half[None, :]
-        left_half = tl.sum(up_to_here, 0)
-        right_half = tl.sum(from_here, 0)
-        _add_gate(dgate, dg, token, valid, channel, stride_dgn, KEY_DIM, SCALAR, OF_KEY)
+        # A key's own gate is not between it and any query.
+        first_dg = dg
+        dg = tl.cumsum(from_here, 0, reverse=True) + tl.cumsum(up_to_here, 0) - y_left - y_right + through[None, :]
+        first_half, second_half = second_half, tl.sum(tl.where(is_second, from_here, up_to_here), 0)
 
-    # What the right half sums from its tokens on belongs to all gates of the left half.
-    tl.debug_barrier()
-    token, valid = run_tokens(2 * chunk, length, inner, outer, backward, HALF, 0)
-    dg = tl.zeros([HALF, BLOCK_K], dtype=tl.float32) + right_half[None, :]
-    _add_gate(dgate, dg, token, valid, channel, stride_dgn, KEY_DIM, SCALAR, True)
+    # What is summed from the second half's tokens on belongs to all gates of the first, and the other way round.
+    token0, valid0 = run_tokens(2 * chunk, length, inner, outer, backward, HALF)
+    token1, valid1 = run_tokens(2 * chunk + 1, length, inner, outer, backward, HALF)
+    _store_gate(dgate, first_dg + second_half[None, :], token0, valid0, channel, stride_dgn, KEY_DIM, SCALAR)
+    _store_gate(dgate, dg + first_half[None, :], token1, valid1, channel, stride_dgn, KEY_DIM, SCALAR)
 
 
 @triton.jit
-def _add_gate(dgate, x, token, valid, channel, stride, DIM: tl.constexpr, SCALAR: tl.constexpr, ADD: tl.constexpr):
-    """Write the gates' gradient, or add to what is there."""
+def _store_gate(dgate, x, token, valid, channel, stride, DIM: tl.constexpr, SCALAR: tl.constexpr):
     if SCALAR:
-        place, x = dgate + token * stride + tl.program_id(1), tl.sum(x, 1)
-        if ADD:
-            x += tl.load(place, mask=valid, other=0.0)
-        tl.store(place, x, mask=valid)
+        tl.store(dgate + token * stride + tl.program_id(1), tl.sum(x, 1), mask=valid)
     else:
-        if ADD:
-            x += load_tile(dgate, token, valid, channel, stride, DIM)
         store_tile(dgate, x, token, valid, channel, stride, DIM)
+
+
+@triton.jit
+def _inside_a_half(
+    own, dw, dw_by_key, q, k, g, LEVELS: tl.constexpr, SCALAR: tl.constexpr, BOTH: tl.constexpr, PRECISION: tl.constexpr
+):
+    """What pairs of one run of S tokens give to the gradients of queries and keys, to sums for the gates from each token
+    on and up to it, and the sums of gates before and after each token."""
+    SIZE: tl.constexpr = q.shape[0]
+    dtype: tl.constexpr = dw.dtype
+    dq, dk = own * k, own * q
+    from_here, up_to_here = dq * 0, dq * 0
+    before, after, total = g * 0, g * 0, g
+    passed = tl.exp2(g)
+    for LEVEL in tl.static_range(LEVELS):
+        if not SCALAR:
+            second = in_second_half(LEVEL, SIZE)
+            decay = tl.exp2(tl.where(second, before, after))  # of a key; a query passes its own gate, too
+            seen = tl.where(across_halves(LEVEL, SIZE, BOTH, False), dw, 0.0).to(dtype)
+            x = tl.dot(seen, as_operand(k * decay, dtype, PRECISION), input_precision=PRECISION) * decay * passed
+            seen = tl.where(across_halves(LEVEL, SIZE, BOTH, True), dw_by_key, 0.0).to(dtype)
+            y = tl.dot(seen, as_operand(q * passed * decay, dtype, PRECISION), input_precision=PRECISION) * decay
+            dq, dk = dq + x, dk + y
+            x, y = x * q, y * k
+            from_here += tl.where(second, x, -y)
+            up_to_here += tl.where(second, -y, x)
+        before, after, total = double_blocks(before, after, total, LEVEL, SIZE, g.shape[1])
+    if SCALAR:
+        row, column = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
+        dw *= scalar_decays(g, SIZE, LEVELS, BOTH, False)
+        dw_by_key *= scalar_decays(g, SIZE, LEVELS, BOTH, True)
+        for TO_RIGHT in tl.static_range(2):  # of the key
+            if BOTH or not TO_RIGHT:
+                seen = tl.where(row < column if TO_RIGHT else row > column, dw, 0.0)
+                x = tl.dot(as_operand(seen, dtype, PRECISION), as_operand(k, dtype, PRECISION), input_precision=PRECISION)
+                seen = tl.where(row > column if TO_RIGHT else row < column, dw_by_key, 0.0)
+                y = tl.dot(as_operand(seen, dtype, PRECISION), as_operand(q, dtype, PRECISION), input_precision=PRECISION)
+                dq, dk = dq + x, dk + y
+                if TO_RIGHT:
+                    up_to_here += x * q - y * k
+                else:
+                    from_here += x * q - y * k
+    return dq, dk, from_here, up_to_here, before, after
+
+
+@triton.jit
+def _draw(
+    x,
+    token,
+    valid,
+    stride,
+    states,
+    slot,
+    chunks,
+    chunk,
+    channel,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BOTH: tl.constexpr,
+    FROM_LEFT: tl.constexpr,
+    FROM_RIGHT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Rows of x (S, V) times the transposed states that enter the chunk from the left and from the right; 0 without."""
+    left = tl.zeros([token.shape[0], channel.shape[0]], dtype=tl.float32)
+    right = tl.zeros([token.shape[0], channel.shape[0]], dtype=tl.float32)
+    for block in range(0, (VALUE_DIM + BLOCK_V - 1) // BLOCK_V):
+        column = block * BLOCK_V + tl.arange(0, BLOCK_V)
+        rows = load_tile(x, token, valid, column, stride, VALUE_DIM).to(tl.float32)
+        rows = as_operand(rows, states.dtype.element_ty, PRECISION)
+        if FROM_LEFT:
+            state = load_state(states, 0, slot, chunks, chunk - 1, channel, column, KEY_DIM, VALUE_DIM)
+            left = tl.dot(rows, tl.trans(state), left, input_precision=PRECISION)
+        if FROM_RIGHT:
+            direction = 1 if BOTH else 0
+            state = load_state(states, direction, slot, chunks, chunk + 1, channel, column, KEY_DIM, VALUE_DIM)
+            right = tl.dot(rows, tl.trans(state), right, input_precision=PRECISION)
+    return left, right
+
+
+@triton.jit
+def _through_chunk(
+    chunk,
+    slot,
+    chunks,
+    channel,
+    states,
+    counts,
+    grad_states,
+    grad_counts,
+    VALUE_DIM: tl.constexpr,
+    KEY_DIM: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BOTH: tl.constexpr,
+    COUNTED: tl.constexpr,
+):
+    """States that enter the chunk times the gradients of states that enter from the other side, summed, (K,)."""
+    through = tl.zeros([channel.shape[0]], dtype=tl.float32)
+    for SIDE in tl.static_range(1 + BOTH):
+        entered, opposite = chunk + 2 * SIDE - 1, chunk + 1 - 2 * SIDE
+        other = 1 - SIDE if BOTH else 0
+        for block in range(0, (VALUE_DIM + BLOCK_V - 1) // BLOCK_V):
+            column = block * BLOCK_V + tl.arange(0, BLOCK_V)
+            x = load_state(states, SIDE, slot, chunks, entered, channel, column, KEY_DIM, VALUE_DIM)
+            y = load_state(grad_states, other, slot, chunks, opposite, channel, column, KEY_DIM, VALUE_DIM)
+            through += tl.sum(x.to(tl.float32) * y.to(tl.float32), 1)
+        if COUNTED:
+            count = load_count(counts, SIDE, slot, chunks, entered, channel, KEY_DIM)
+            through += count * load_count(grad_counts, other, slot, chunks, opposite, channel, KEY_DIM)
+    return through

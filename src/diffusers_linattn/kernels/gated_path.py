@@ -9,23 +9,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from diffusers_linattn.kernels.linear_blocks import EPS, features
+from diffusers_linattn.kernels.linear_blocks import EPS, features, round_for_products
 
 
-_LOWEST_GATE = tl.constexpr(-1e4)  # exp of it is 0, and sums of it stay finite
+LOG2_E = tl.constexpr(1.4426950408889634)
+_LOWEST_GATE = tl.constexpr(-1e4)  # 2 to that power is 0, and sums of it stay finite
 
 
 @triton.jit
-def run_tokens(run, length, inner, outer, backward, SIZE: tl.constexpr, SHIFT: tl.constexpr):
+def run_tokens(run, length, inner, outer, backward, SIZE: tl.constexpr):
     """The tokens of the path's run of SIZE tokens (a chunk, or half of one), (SIZE,) int64, and which of them exist.
 
-    With `SHIFT`, those that many steps on inside the run. The path goes through planes of inner x outer tokens:
-    `outer` tokens apart for `inner` steps, then on from the next token of the plane's first row. inner = 1 is the
-    raster order. `backward` is 0 or 1.
+    The path goes through planes of inner x outer tokens: `outer` tokens apart for `inner` steps, then on from the next
+    token of the plane's first row. inner = 1 is the raster order. `backward` is 0 or 1.
     """
-    step = tl.arange(0, SIZE) + SHIFT
-    position = run * SIZE + step
-    valid = (step >= 0) & (step < SIZE) & (position < length)
+    position = run * SIZE + tl.arange(0, SIZE)
+    valid = position < length
     position += backward * (length - 1 - 2 * position)
     in_plane = position % (inner * outer)
     token = position - in_plane + in_plane % inner * outer + in_plane // inner
@@ -52,12 +51,12 @@ def store_tile(pointer, x, token, valid, channel, stride, DIM: tl.constexpr):
 
 @triton.jit
 def load_gate(pointer, token, valid, channel, stride, DIM: tl.constexpr, SCALAR: tl.constexpr):
-    """Logarithms of the decay in fp32, (S, W), 0 where there is none."""
+    """Base-2 logarithms of the decay in fp32, (S, W), 0 where there is none."""
     if SCALAR:
         gate = tl.load(pointer + token * stride, mask=valid, other=0.0)[:, None]
     else:
         gate = load_tile(pointer, token, valid, channel, stride, DIM)
-    return tl.maximum(gate.to(tl.float32), _LOWEST_GATE)
+    return tl.maximum(gate.to(tl.float32) * LOG2_E, _LOWEST_GATE)
 
 
 @triton.jit
@@ -97,18 +96,18 @@ def across_halves(LEVEL: tl.constexpr, SIZE: tl.constexpr, BOTH: tl.constexpr, T
 
 
 @triton.jit
-def double_blocks(before, after, gate, LEVEL: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr):
-    """Sums of the gates before and after each token in its block of 2^LEVEL tokens, (S, W), to those in twice that.
+def double_blocks(before, after, total, LEVEL: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr):
+    """Sums of the gates before and after each token in its block of 2^LEVEL tokens and in the whole block, (S, W), to
+    those in twice that.
 
     Only sums of gates, never a difference: a weak gate next to strong ones keeps its digits.
     """
-    total = tl.reshape(before + gate + after, [SIZE >> (LEVEL + 1), 2, 1 << LEVEL, WIDTH])
-    is_second = tl.arange(0, 2)[None, :, None, None] == 1
-    of_first = tl.sum(tl.where(is_second, 0.0, total), 1, keep_dims=True)
-    of_second = tl.sum(tl.where(is_second, total, 0.0), 1, keep_dims=True)
-    other = tl.reshape(tl.where(is_second, of_first, of_second), [SIZE, WIDTH])
+    # What the neighbouring block has: of its bits and the own ones as integers, a sum and a difference lose nothing.
+    bits = tl.reshape(total.to(tl.int32, bitcast=True), [SIZE >> (LEVEL + 1), 2, 1 << LEVEL, WIDTH])
+    other = (tl.sum(bits, 1, keep_dims=True) - bits).to(tl.int64).to(tl.int32)  # the interpreter sums in 64 bits
+    other = tl.reshape(other.to(tl.float32, bitcast=True), [SIZE, WIDTH])
     second = in_second_half(LEVEL, SIZE)
-    return tl.where(second, before + other, before), tl.where(second, after, after + other)
+    return tl.where(second, before + other, before), tl.where(second, after, after + other), total + other
 
 
 @triton.jit
@@ -116,7 +115,7 @@ def scalar_decays(gate, SIZE: tl.constexpr, LEVELS: tl.constexpr, BOTH: tl.const
     """The decay between each query and key of a run from gates (S, 1), (S, S); 0 where the query does not see it."""
     row, column = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
     exponent = tl.zeros([SIZE, SIZE], dtype=tl.float32)
-    before, after = gate * 0, gate * 0
+    before, after, total = gate * 0, gate * 0, gate
     for LEVEL in tl.static_range(LEVELS):
         of_key = tl.where(in_second_half(LEVEL, SIZE), before, after)
         of_query = of_key + gate  # a query passes its own gate
@@ -125,10 +124,44 @@ def scalar_decays(gate, SIZE: tl.constexpr, LEVELS: tl.constexpr, BOTH: tl.const
         else:
             passed = of_query + tl.trans(of_key)
         exponent = tl.where(across_halves(LEVEL, SIZE, True, False), passed, exponent)
-        before, after = double_blocks(before, after, gate, LEVEL, SIZE, 1)
+        before, after, total = double_blocks(before, after, total, LEVEL, SIZE, 1)
     if BOTH:
-        return tl.exp(exponent)
-    return tl.where(row <= column if TRANSPOSED else row >= column, tl.exp(exponent), 0.0)
+        return tl.exp2(exponent)
+    return tl.where(row <= column if TRANSPOSED else row >= column, tl.exp2(exponent), 0.0)
+
+
+@triton.jit
+def as_operand(x, dtype: tl.constexpr, PRECISION: tl.constexpr):
+    """fp32 `x` as products take it."""
+    return round_for_products(x, PRECISION).to(dtype)
+
+
+@triton.jit
+def decayed_run(
+    pointer,
+    direction,
+    slot,
+    chunks,
+    run,
+    channel,
+    KEY_DIM: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """Where the decayed queries or keys (S, channels) of a run lie, and which of the channels exist.
+
+    pointer (directions, heads of the launch, 2 * chunks, S, K): a run is half of a chunk.
+    """
+    place = ((direction * tl.num_programs(2).to(tl.int64) + slot) * chunks * 2 + run) * SIZE
+    pointers = pointer + (place + tl.arange(0, SIZE))[:, None] * KEY_DIM + channel[None, :]
+    return pointers, (channel < KEY_DIM)[None, :]
+
+
+@triton.jit
+def load_decay(decays, slot, chunks, run, channel, DIM: tl.constexpr, SCALAR: tl.constexpr):
+    """The decay over a run, (K,) or (1,), of decays (heads of the launch, 2 * chunks, DIM)."""
+    if SCALAR:
+        return tl.load(decays + slot * chunks * 2 + run + tl.arange(0, 1))
+    return tl.load(decays + (slot * chunks * 2 + run) * DIM + channel, mask=channel < DIM, other=1.0)
 
 
 @triton.jit
@@ -153,38 +186,3 @@ def load_count(counts, direction, slot, chunks, chunk, channel, KEY_DIM: tl.cons
     """What the state (K,) that leaves a chunk holds for a value of 1."""
     row, exists = _state_row(direction, slot, chunks, chunk, channel, KEY_DIM)
     return tl.load(counts + row, mask=exists, other=0.0)
-
-
-@triton.jit
-def running_sums(x, REVERSE: tl.constexpr):
-    """Sums of (S, W) over the tokens up to each, or from each on."""
-    if x.shape[1] == 1:  # Triton 3.6 crashes on a scan of one column
-        sums = tl.cumsum(tl.reshape(x, [x.shape[0]]), 0, reverse=REVERSE)[:, None]
-    else:
-        sums = tl.cumsum(x, 0, reverse=REVERSE)
-    return sums
-
-
-@triton.jit
-def gates_towards(
-    gate,
-    run,
-    to_right,
-    length,
-    inner,
-    outer,
-    backward,
-    channel,
-    stride,
-    DIM: tl.constexpr,
-    SCALAR: tl.constexpr,
-    SIZE: tl.constexpr,
-):
-    """Sums of the gates from behind each token of a run to its right (or left) end, (S, W), and of all, (W,)."""
-    token, valid = run_tokens(run, length, inner, outer, backward, SIZE, 1)
-    after = running_sums(load_gate(gate, token, valid, channel, stride, DIM, SCALAR), True)
-    token, valid = run_tokens(run, length, inner, outer, backward, SIZE, -1)
-    before = running_sums(load_gate(gate, token, valid, channel, stride, DIM, SCALAR), False)
-    token, valid = run_tokens(run, length, inner, outer, backward, SIZE, 0)
-    total = tl.sum(load_gate(gate, token, valid, channel, stride, DIM, SCALAR), 0)
-    return tl.where(to_right, after, before), total

@@ -1,4 +1,4 @@
-"""States of gated linear attention at the borders of chunks, and what the queries of a chunk draw from them.
+"""States of gated linear attention at the borders of chunks, and what the tokens of a chunk draw from them.
 
 Forward, states are sums of decayed keys times values; backward, their gradients are sums of decayed queries times
 gradients of the output: the same kernels with other tensors. States that run right along the path are those of the
@@ -14,34 +14,28 @@ import triton
 import triton.language as tl
 
 from diffusers_linattn.kernels.gated_path import (
-    load_features,
-    load_gate,
+    as_operand,
+    decayed_run,
+    load_count,
+    load_decay,
     load_state,
     load_tile,
     run_tokens,
-    running_sums,
     store_tile,
 )
 
 
 @triton.jit(do_not_specialize=["heads", "first_head", "chunks", "length", "inner", "outer", "backward"])
 def states_kernel(
-    key,
+    decayed,
+    decays,
     value,
-    gate,
     weight,
     states,
     counts,
-    decays,
-    stride_kb,
-    stride_kh,
-    stride_kn,
     stride_vb,
     stride_vh,
     stride_vn,
-    stride_gb,
-    stride_gh,
-    stride_gn,
     heads,
     first_head,
     chunks,
@@ -53,125 +47,120 @@ def states_kernel(
     VALUE_DIM: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
-    CHUNK: tl.constexpr,
+    HALF: tl.constexpr,
     SCALAR: tl.constexpr,
     BOTH: tl.constexpr,
     GRADIENT: tl.constexpr,
     COUNTED: tl.constexpr,
-    FEATURES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """What each chunk adds to the states that leave it, and the decay over the chunk (only forward).
+    """What each chunk adds to the states that leave it. Grid (chunks, blocks of K times blocks of V, heads).
 
-    Grid (chunks, blocks of K times blocks of V, heads of this launch). states (2 | 1, heads, chunks, K, V), counts the
-    same without V, decays (heads, chunks, K | 1). With `GRADIENT`, key is the query, value the output's gradient and
-    `weight` (all heads, tokens) that of the denominator; else it is 1.
+    decayed and decays as `weights_kernel` writes them; states (2 | 1, heads, chunks, K, V), counts the same without V.
+    With `GRADIENT`, decayed are the queries, value is the output's gradient and the count of a token is its `weight`
+    (all heads, tokens); else it is 1.
     """
     chunk, slot, head = tl.program_id(0), tl.program_id(2).to(tl.int64), (first_head + tl.program_id(2)).to(tl.int64)
     value_blocks: tl.constexpr = (VALUE_DIM + BLOCK_V - 1) // BLOCK_V
-    block = tl.program_id(1) // value_blocks
-    channel = block * BLOCK_K + tl.arange(0, BLOCK_K)
-    column = tl.program_id(1) % value_blocks * BLOCK_V + tl.arange(0, BLOCK_V)
-    key += head // heads * stride_kb + head % heads * stride_kh
-    value += head // heads * stride_vb + head % heads * stride_vh
-    gate += head // heads * stride_gb + head % heads * stride_gh
     GATE_DIM: tl.constexpr = 1 if SCALAR else KEY_DIM
+    channel = tl.program_id(1) // value_blocks * BLOCK_K + tl.arange(0, BLOCK_K)
+    column = tl.program_id(1) % value_blocks * BLOCK_V + tl.arange(0, BLOCK_V)
+    value += head // heads * stride_vb + head % heads * stride_vh
+    weight += head * length
 
-    token, valid = run_tokens(chunk, length, inner, outer, backward, CHUNK, 0)
-    k = load_features(key, token, valid, channel, stride_kn, KEY_DIM, FEATURES)
-    v = load_tile(value, token, valid, column, stride_vn, VALUE_DIM).to(states.dtype.element_ty)
-    g = load_gate(gate, token, valid, channel, stride_gn, GATE_DIM, SCALAR)
-    if COUNTED:
-        if GRADIENT:
-            w = tl.load(weight + head * length + token, mask=valid, other=0.0)
-        else:
-            w = valid.to(tl.float32)
-    row = (slot * tl.num_programs(0) + chunk) * KEY_DIM
-    there = (channel < KEY_DIM)[:, None] & (column < VALUE_DIM)[None, :]
-    for LEFT in tl.static_range(2):
+    dtype: tl.constexpr = states.dtype.element_ty
+    for DIRECTION in tl.static_range(1 + BOTH):
         # Without both directions, states run right and their gradients left.
-        if BOTH or LEFT == GRADIENT:
-            passed = g
-            if not GRADIENT:  # a key does not pass its own gate
-                other, exists = run_tokens(chunk, length, inner, outer, backward, CHUNK, -1 if LEFT else 1)
-                passed = load_gate(gate, other, exists, channel, stride_gn, GATE_DIM, SCALAR)
-            decayed = k * tl.exp(running_sums(passed, LEFT == 0))
-            state = tl.dot(tl.trans(decayed.to(v.dtype)), v, input_precision=PRECISION)
-            direction = row + (LEFT if BOTH else 0) * tl.num_programs(2).to(tl.int64) * tl.num_programs(0) * KEY_DIM
-            pointers = states + (direction + channel)[:, None] * VALUE_DIM + column[None, :]
-            tl.store(pointers, state.to(v.dtype), mask=there)
+        LEFT = DIRECTION if BOTH else GRADIENT
+        state = tl.zeros([BLOCK_K, BLOCK_V], dtype=tl.float32)
+        count = tl.zeros([BLOCK_K], dtype=tl.float32)
+        for STEP in tl.static_range(2):
+            run = 2 * chunk + (1 - STEP if LEFT else STEP)
+            token, valid = run_tokens(run, length, inner, outer, backward, HALF)
+            v = load_tile(value, token, valid, column, stride_vn, VALUE_DIM).to(tl.float32)
+            pointers, exists = decayed_run(decayed, DIRECTION, slot, chunks, run, channel, KEY_DIM, HALF)
+            x = tl.load(pointers, mask=exists, other=0.0)
+            if STEP:
+                decay = load_decay(decays, slot, chunks, run, channel, GATE_DIM, SCALAR)
+                state, count = state * decay[:, None], count * decay
+            state = tl.dot(tl.trans(x), as_operand(v, dtype, PRECISION), state, input_precision=PRECISION)
             if COUNTED:
-                if tl.program_id(1) % value_blocks == 0:
-                    tl.store(counts + direction + channel, tl.sum(decayed * w[:, None], 0), mask=channel < KEY_DIM)
-    if not GRADIENT:
-        if tl.program_id(1) % value_blocks == 0:
-            decay = tl.exp(tl.sum(g, 0))
-            if SCALAR:
-                tl.store(decays + slot * tl.num_programs(0) + chunk + tl.arange(0, 1), decay)
-            else:
-                tl.store(decays + row + channel, decay, mask=channel < KEY_DIM)
+                x = x.to(tl.float32)
+                if GRADIENT:
+                    x *= tl.load(weight + token, mask=valid, other=0.0)[:, None]
+                count += tl.sum(x, 0)
+        row = ((DIRECTION * tl.num_programs(2).to(tl.int64) + slot) * chunks + chunk) * KEY_DIM + channel
+        pointers = states + row[:, None] * VALUE_DIM + column[None, :]
+        tl.store(pointers, state.to(dtype), mask=(channel < KEY_DIM)[:, None] & (column < VALUE_DIM)[None, :])
+        if COUNTED:
+            if tl.program_id(1) % value_blocks == 0:
+                tl.store(counts + row, count, mask=channel < KEY_DIM)
 
 
 @triton.jit(do_not_specialize=["chunks", "left"])
 def scan_kernel(
     states,
+    counts,
     decays,
     chunks,
     left,
     KEY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_V: tl.constexpr,
     SCALAR: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STEPS: tl.constexpr,
+    COUNTED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    """Turn what each chunk adds to the state, (2 | 1, heads, chunks, K, V), into the state that leaves it, in place.
+    """Turn what each chunk adds to states and counts into what leaves it, in place.
 
-    Grid (blocks of K · V, heads, 2 | 1). The first direction runs right unless `left` is 1, the second runs left.
+    Grid (blocks of K times blocks of V, heads, 2 | 1). The first direction runs right unless `left` is 1, the second
+    runs left.
     """
-    element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    there = element < KEY_DIM * VALUE_DIM
-    head = tl.program_id(1).to(tl.int64)
-    states += (tl.program_id(2).to(tl.int64) * tl.num_programs(1) + head) * chunks * KEY_DIM * VALUE_DIM + element
-    if SCALAR:
-        decays += head * chunks + element * 0
-    else:
-        decays += head * chunks * KEY_DIM + element // VALUE_DIM
+    column_blocks: tl.constexpr = (VALUE_DIM + BLOCK_V - 1) // BLOCK_V
     GATE_DIM: tl.constexpr = 1 if SCALAR else KEY_DIM
+    row = tl.program_id(0) // column_blocks * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(0) % column_blocks * BLOCK_V + tl.arange(0, BLOCK_V)
     runs_left = tl.maximum(tl.program_id(2), left)
-    step = tl.arange(0, STEPS)
-    state = tl.zeros([BLOCK], dtype=tl.float32)
-    for first in range(0, chunks, STEPS):
-        chunk = (first + step + runs_left * (chunks - 1 - 2 * (first + step))).to(tl.int64)
-        mask = (first + step < chunks)[:, None] & there[None, :]
-        # All loads of some chunks before the first use: nothing else hides their latency.
-        decay = tl.load(decays[None, :] + chunk[:, None] * GATE_DIM, mask=mask, other=1.0)
-        pointers = states[None, :] + chunk[:, None] * KEY_DIM * VALUE_DIM
-        added = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
-        leaving = added
-        for i in tl.static_range(STEPS):
-            now = (step == i)[:, None]
-            state = state * tl.sum(tl.where(now, decay, 0.0), 0) + tl.sum(tl.where(now, added, 0.0), 0)
-            leaving = tl.where(now, state[None, :], leaving)
-        tl.store(pointers, leaving.to(states.dtype.element_ty), mask=mask)
+    step = 1 - 2 * runs_left
+    # Of the first chunk on the way.
+    place = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * chunks + runs_left * (chunks - 1)
+    states += place * KEY_DIM * VALUE_DIM + row[:, None] * VALUE_DIM + column[None, :]
+    counts += place * KEY_DIM + row
+    place = tl.program_id(1).to(tl.int64) * chunks + runs_left * (chunks - 1)
+    decays += place * 2 * GATE_DIM + (row * 0 if SCALAR else row)
+    state = tl.zeros([ROWS, BLOCK_V], dtype=tl.float32)
+    count = tl.zeros([ROWS], dtype=tl.float32)
+    exists = row < KEY_DIM
+    there = exists[:, None] & (column < VALUE_DIM)[None, :]
+    counting = row < tl.where(tl.program_id(0) % column_blocks == 0, KEY_DIM, 0)
+    # Stages load some chunks ahead: nothing else hides their latency.
+    for _ in tl.range(0, chunks, num_stages=4):
+        added = tl.load(states, mask=there, other=0.0)
+        decay = tl.load(decays, mask=exists, other=1.0) * tl.load(decays + GATE_DIM, mask=exists, other=1.0)
+        state = state * decay[:, None] + added.to(tl.float32)
+        tl.store(states, as_operand(state, states.dtype.element_ty, PRECISION), mask=there)
+        if COUNTED:
+            count = count * decay + tl.load(counts, mask=counting, other=0.0)
+            tl.store(counts, count, mask=counting)
+        states += step * KEY_DIM * VALUE_DIM
+        counts += step * KEY_DIM
+        decays += step * 2 * GATE_DIM
 
 
 @triton.jit(do_not_specialize=["heads", "first_head", "chunks", "length", "inner", "outer", "backward"])
 def output_kernel(
-    query,
-    value,
-    gate,
     weights,
+    decayed,
+    decays,
+    value,
     states,
+    counts,
     out,
-    stride_qb,
-    stride_qh,
-    stride_qn,
+    totals,
     stride_vb,
     stride_vh,
     stride_vn,
-    stride_gb,
-    stride_gh,
-    stride_gn,
     stride_ob,
     stride_oh,
     stride_on,
@@ -190,42 +179,50 @@ def output_kernel(
     SCALAR: tl.constexpr,
     BOTH: tl.constexpr,
     GRADIENT: tl.constexpr,
-    FEATURES: tl.constexpr,
+    COUNTED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Weights times values inside a chunk plus the states that enter it. Grid (chunks, blocks of V, heads).
+    """Weights times values inside a chunk plus what its tokens draw from the states that enter it.
 
-    weights (heads, chunks, C, C). With `GRADIENT`, query is the key, value the output's gradient, the states are their
-    gradients, the weights are transposed and out is the value's gradient.
+    Grid (chunks, blocks of V, heads). weights (heads, chunks, C, C), decayed queries. If `COUNTED`, also the sum of all
+    weights of a query, totals (all heads, tokens). With `GRADIENT`, decayed are the keys, value the output's gradient,
+    the states are their gradients, the weights are transposed and out is the value's gradient.
     """
     chunk, slot, head = tl.program_id(0), tl.program_id(2).to(tl.int64), (first_head + tl.program_id(2)).to(tl.int64)
     column = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    query += head // heads * stride_qb + head % heads * stride_qh
     value += head // heads * stride_vb + head % heads * stride_vh
-    gate += head // heads * stride_gb + head % heads * stride_gh
     out += head // heads * stride_ob + head % heads * stride_oh
-    GATE_DIM: tl.constexpr = 1 if SCALAR else KEY_DIM
 
-    token, valid = run_tokens(chunk, length, inner, outer, backward, CHUNK, 0)
+    token, valid = run_tokens(chunk, length, inner, outer, backward, CHUNK)
+    GATE_DIM: tl.constexpr = 1 if SCALAR else KEY_DIM
     row, other_row = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
     weights += (slot * chunks + chunk) * CHUNK * CHUNK
     w = tl.load(weights + (row + other_row * CHUNK if GRADIENT else row * CHUNK + other_row))
-    v = load_tile(value, token, valid, column, stride_vn, VALUE_DIM).to(w.dtype)
-    acc = tl.dot(w, v, input_precision=PRECISION)
+    v = load_tile(value, token, valid, column, stride_vn, VALUE_DIM).to(tl.float32)
+    acc = tl.dot(w, as_operand(v, w.dtype, PRECISION), input_precision=PRECISION)
+    if COUNTED:
+        total = tl.sum(w.to(tl.float32), 1)
     for block in range(0, (KEY_DIM + BLOCK_K - 1) // BLOCK_K):
         channel = block * BLOCK_K + tl.arange(0, BLOCK_K)
-        q = load_features(query, token, valid, channel, stride_qn, KEY_DIM, FEATURES)
-        g = load_gate(gate, token, valid, channel, stride_gn, GATE_DIM, SCALAR)
-        for LEFT in tl.static_range(2):
-            if BOTH or LEFT == GRADIENT:
-                passed = g
-                if GRADIENT:  # a key does not pass its own gate
-                    other, exists = run_tokens(chunk, length, inner, outer, backward, CHUNK, 1 if LEFT else -1)
-                    passed = load_gate(gate, other, exists, channel, stride_gn, GATE_DIM, SCALAR)
-                decayed = q * tl.exp(running_sums(passed, LEFT == 1))
-                # The state that leaves the chunk before, or the one after for states that run left.
-                entered = chunk + 1 if LEFT else chunk - 1
-                direction = LEFT if BOTH else 0
+        for SIDE in tl.static_range(2):
+            # From the left enters what runs right, met by what has decayed to the left end. Without both directions
+            # queries look left alone, and keys right.
+            if BOTH or SIDE == GRADIENT:
+                entered = chunk + 2 * SIDE - 1
+                direction = SIDE if BOTH else 0
+                place = ((1 - SIDE if BOTH else 0) * tl.num_programs(2).to(tl.int64) + slot) * chunks + chunk
+                pointers = decayed + place * CHUNK * KEY_DIM + row * KEY_DIM + channel[None, :]
+                x = tl.load(pointers, mask=(channel < KEY_DIM)[None, :], other=0.0).to(tl.float32)
+                # The half that lies farther from the border has the nearer one to pass.
+                decay = load_decay(decays, slot, chunks, 2 * chunk + SIDE, channel, GATE_DIM, SCALAR)
+                is_farther = row < CHUNK // 2 if SIDE else row >= CHUNK // 2
+                x = as_operand(tl.where(is_farther, x * decay[None, :], x), w.dtype, PRECISION)
                 state = load_state(states, direction, slot, chunks, entered, channel, column, KEY_DIM, VALUE_DIM)
-                acc = tl.dot(decayed.to(w.dtype), state, acc, input_precision=PRECISION)
+                acc = tl.dot(x, state, acc, input_precision=PRECISION)
+                if COUNTED:
+                    count = load_count(counts, direction, slot, chunks, entered, channel, KEY_DIM)
+                    total += tl.sum(x.to(tl.float32) * count[None, :], 1)
     store_tile(out, acc, token, valid, column, stride_on, VALUE_DIM)
+    if COUNTED:
+        if tl.program_id(1) == 0:
+            tl.store(totals + head * length + token, total, mask=valid)

@@ -1,10 +1,10 @@
-"""Weights of gated linear attention between the tokens of one chunk, and their gradients.
+"""Weights of gated linear attention between the tokens of one chunk, and queries and keys decayed to the chunk's ends.
 
 A chunk is cut into halves again and again: of a block of 2s tokens, each half looks at the other through the border
 between them, to which the decay of a pair factors into that of the query and that of the key, both at most 1. One
 product of matrices per level, of which the pairs across the halves count, for both directions at once.
 
-Letters: C tokens of a chunk, S of half a chunk, K features, V value columns.
+Letters: C tokens of a chunk, S of half a chunk, K features.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import triton.language as tl
 
 from diffusers_linattn.kernels.gated_path import (
     across_halves,
+    as_operand,
+    decayed_run,
     double_blocks,
-    gates_towards,
     in_second_half,
-    load_count,
     load_features,
     load_gate,
     run_tokens,
@@ -30,9 +30,10 @@ def weights_kernel(
     query,
     key,
     gate,
-    counts,
     weights,
-    totals,
+    decayed_queries,
+    decayed_keys,
+    decays,
     stride_qb,
     stride_qh,
     stride_qn,
@@ -55,87 +56,134 @@ def weights_kernel(
     LEVELS: tl.constexpr,
     SCALAR: tl.constexpr,
     BOTH: tl.constexpr,
-    COUNTED: tl.constexpr,
     QUERY_FEATURES: tl.constexpr,
     KEY_FEATURES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid (chunks, 2 halves of the queries, heads). Writes weights (heads, chunks, C, C), the token's own included.
+    """Grid (chunks, 1, heads of this launch).
 
-    If `COUNTED`, also the sum of all weights of a query, totals (all heads, tokens), from counts (2 | 1, heads,
-    chunks, K), what a value of 1 leaves of the chunks around.
+    Writes the weights (heads, chunks, C, C), the token's own included; the queries and keys decayed to the right and to
+    the left end of their run, which is half a chunk, (2, heads, 2 * chunks, S, K) each, or with one direction the keys
+    to the right and the queries to the left alone; and the decay over each run, decays (heads, 2 * chunks, K | 1).
     """
-    chunk, half = tl.program_id(0), tl.program_id(1)
-    slot, head = tl.program_id(2).to(tl.int64), (first_head + tl.program_id(2)).to(tl.int64)
+    chunk, slot, head = tl.program_id(0), tl.program_id(2).to(tl.int64), (first_head + tl.program_id(2)).to(tl.int64)
     query += head // heads * stride_qb + head % heads * stride_qh
     key += head // heads * stride_kb + head % heads * stride_kh
     gate += head // heads * stride_gb + head % heads * stride_gh
     dtype: tl.constexpr = weights.dtype.element_ty
     GATE_DIM: tl.constexpr = 1 if SCALAR else KEY_DIM
-    WIDTH: tl.constexpr = 1 if SCALAR else BLOCK_K
-    is_right = half == 1
+    LEFT: tl.constexpr = 1 if BOTH else 0  # where what has decayed to the left lies among `decayed_queries`
 
-    token, valid = run_tokens(2 * chunk + half, length, inner, outer, backward, HALF, 0)
-    far_token, far_valid = run_tokens(2 * chunk + 1 - half, length, inner, outer, backward, HALF, 0)
-    near = tl.zeros([HALF, HALF], dtype=tl.float32)
-    far = tl.zeros([HALF, HALF], dtype=tl.float32)
-    own = tl.zeros([HALF], dtype=tl.float32)
-    total = tl.zeros([HALF], dtype=tl.float32)
+    token0, valid0 = run_tokens(2 * chunk, length, inner, outer, backward, HALF)
+    token1, valid1 = run_tokens(2 * chunk + 1, length, inner, outer, backward, HALF)
+    # Queries of the first half by keys of the first, and so on.
+    weights00 = tl.zeros([HALF, HALF], dtype=tl.float32)
+    weights11 = tl.zeros([HALF, HALF], dtype=tl.float32)
+    weights01 = tl.zeros([HALF, HALF], dtype=tl.float32)
+    weights10 = tl.zeros([HALF, HALF], dtype=tl.float32)
+    own0 = tl.zeros([HALF], dtype=tl.float32)
+    own1 = tl.zeros([HALF], dtype=tl.float32)
     for block in range(0, (KEY_DIM + BLOCK_K - 1) // BLOCK_K):
         channel = block * BLOCK_K + tl.arange(0, BLOCK_K)
-        q = load_features(query, token, valid, channel, stride_qn, KEY_DIM, QUERY_FEATURES)
-        k = load_features(key, token, valid, channel, stride_kn, KEY_DIM, KEY_FEATURES)
-        g = load_gate(gate, token, valid, channel, stride_gn, GATE_DIM, SCALAR)
-        before, after = tl.zeros([HALF, WIDTH], dtype=tl.float32), tl.zeros([HALF, WIDTH], dtype=tl.float32)
-        if SCALAR:
-            near = tl.dot(q.to(dtype), tl.trans(k.to(dtype)), near, input_precision=PRECISION)
-        else:
-            own += tl.sum(q * k, 1)
-        for LEVEL in tl.static_range(LEVELS):
-            if not SCALAR:
-                of_key = tl.exp(tl.where(in_second_half(LEVEL, HALF), before, after))
-                rows, keys = (q * of_key * tl.exp(g)).to(dtype), (k * of_key).to(dtype)
-                products = tl.dot(rows, tl.trans(keys), input_precision=PRECISION)
-                near += tl.where(across_halves(LEVEL, HALF, BOTH, False), products, 0.0)
-            before, after = double_blocks(before, after, g, LEVEL, HALF, WIDTH)
+        q = load_features(query, token0, valid0, channel, stride_qn, KEY_DIM, QUERY_FEATURES)
+        k = load_features(key, token0, valid0, channel, stride_kn, KEY_DIM, KEY_FEATURES)
+        g = load_gate(gate, token0, valid0, channel, stride_gn, GATE_DIM, SCALAR)
+        own0 += tl.sum(q * k, 1)
+        weights00, before, after, total = _add_pairs(weights00, q, k, g, LEVELS, SCALAR, BOTH, dtype, PRECISION)
+        _store_total(decays, total, slot, chunks, 2 * chunk, channel, KEY_DIM, SCALAR)
+        q, before, after = q * tl.exp2(g), tl.exp2(before), tl.exp2(after)  # a query passes its own gate
+        keys0 = _store(decayed_keys, 0, k * after, slot, chunks, 2 * chunk, channel, KEY_DIM, PRECISION)
+        if BOTH:
+            queries0 = _store(decayed_queries, 0, q * after, slot, chunks, 2 * chunk, channel, KEY_DIM, PRECISION)
+            _store(decayed_keys, 1, k * before, slot, chunks, 2 * chunk, channel, KEY_DIM, PRECISION)
+        _store(decayed_queries, LEFT, q * before, slot, chunks, 2 * chunk, channel, KEY_DIM, PRECISION)
 
-        # The other half of the chunk, through the border between them.
-        k = load_features(key, far_token, far_valid, channel, stride_kn, KEY_DIM, KEY_FEATURES)
-        decay, far_total = gates_towards(
-            gate,
-            2 * chunk + 1 - half,
-            is_right,
-            length,
-            inner,
-            outer,
-            backward,
-            channel,
-            stride_gn,
-            GATE_DIM,
-            SCALAR,
-            HALF,
-        )
-        rows = (q * tl.exp(tl.where(is_right, before, after) + g)).to(dtype)
-        far = tl.dot(rows, tl.trans((k * tl.exp(decay)).to(dtype)), far, input_precision=PRECISION)
-        if COUNTED:
-            count = load_count(counts, 0, slot, chunks, chunk - 1, channel, KEY_DIM)
-            before += tl.where(is_right, far_total, 0.0)[None, :]
-            total += tl.sum(q * tl.exp(before + g) * count[None, :], 1)
-            if BOTH:
-                count = load_count(counts, 1, slot, chunks, chunk + 1, channel, KEY_DIM)
-                after += tl.where(is_right, 0.0, far_total)[None, :]
-                total += tl.sum(q * tl.exp(after + g) * count[None, :], 1)
+        q = load_features(query, token1, valid1, channel, stride_qn, KEY_DIM, QUERY_FEATURES)
+        k = load_features(key, token1, valid1, channel, stride_kn, KEY_DIM, KEY_FEATURES)
+        g = load_gate(gate, token1, valid1, channel, stride_gn, GATE_DIM, SCALAR)
+        own1 += tl.sum(q * k, 1)
+        weights11, before, after, total = _add_pairs(weights11, q, k, g, LEVELS, SCALAR, BOTH, dtype, PRECISION)
+        _store_total(decays, total, slot, chunks, 2 * chunk + 1, channel, KEY_DIM, SCALAR)
+        q, before, after = q * tl.exp2(g), tl.exp2(before), tl.exp2(after)
+        queries1 = _store(decayed_queries, LEFT, q * before, slot, chunks, 2 * chunk + 1, channel, KEY_DIM, PRECISION)
+        if BOTH:
+            keys1 = _store(decayed_keys, 1, k * before, slot, chunks, 2 * chunk + 1, channel, KEY_DIM, PRECISION)
+            _store(decayed_queries, 0, q * after, slot, chunks, 2 * chunk + 1, channel, KEY_DIM, PRECISION)
+        _store(decayed_keys, 0, k * after, slot, chunks, 2 * chunk + 1, channel, KEY_DIM, PRECISION)
+
+        # Between the halves, through the border that both have decayed to.
+        weights10 = tl.dot(queries1, tl.trans(keys0), weights10, input_precision=PRECISION)
+        if BOTH:
+            weights01 = tl.dot(queries0, tl.trans(keys1), weights01, input_precision=PRECISION)
 
     row, column = tl.arange(0, HALF)[:, None], tl.arange(0, HALF)[None, :]
     if SCALAR:
-        g = load_gate(gate, token, valid, tl.arange(0, 1), stride_gn, GATE_DIM, SCALAR)
-        near *= scalar_decays(g, HALF, LEVELS, BOTH, False)
+        g0 = load_gate(gate, token0, valid0, tl.arange(0, 1), stride_gn, GATE_DIM, SCALAR)
+        g1 = load_gate(gate, token1, valid1, tl.arange(0, 1), stride_gn, GATE_DIM, SCALAR)
+        weights00 *= scalar_decays(g0, HALF, LEVELS, BOTH, False)
+        weights11 *= scalar_decays(g1, HALF, LEVELS, BOTH, False)
     else:
-        near = tl.where(row == column, own[:, None], near)
-    if not BOTH:
-        far = tl.where(is_right, far, 0.0)
-    weights += ((slot * chunks + chunk) * 2 + half) * HALF * 2 * HALF + row * 2 * HALF + column
-    tl.store(weights + half * HALF, near.to(dtype))
-    tl.store(weights + (1 - half) * HALF, far.to(dtype))
-    if COUNTED:
-        tl.store(totals + head * length + token, total + tl.sum(near, 1) + tl.sum(far, 1), mask=valid)
+        weights00 = tl.where(row == column, own0[:, None], weights00)
+        weights11 = tl.where(row == column, own1[:, None], weights11)
+    weights += (slot * chunks + chunk) * 4 * HALF * HALF + row * 2 * HALF + column
+    tl.store(weights, as_operand(weights00, dtype, PRECISION))
+    tl.store(weights + HALF, as_operand(weights01, dtype, PRECISION))
+    tl.store(weights + 2 * HALF * HALF, as_operand(weights10, dtype, PRECISION))
+    tl.store(weights + 2 * HALF * HALF + HALF, as_operand(weights11, dtype, PRECISION))
+
+
+@triton.jit
+def _add_pairs(
+    weights,
+    q,
+    k,
+    g,
+    LEVELS: tl.constexpr,
+    SCALAR: tl.constexpr,
+    BOTH: tl.constexpr,
+    dtype: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Add the weights of the pairs inside a run of S tokens, without each token's own; sums of the gates before and
+    after each and of all.
+
+    Where all channels share a gate, products without decays, the own ones included.
+    """
+    SIZE: tl.constexpr = q.shape[0]
+    before, after, total = g * 0, g * 0, g
+    passing = q * tl.exp2(g)
+    if SCALAR:
+        rows, keys = as_operand(q, dtype, PRECISION), as_operand(k, dtype, PRECISION)
+        weights = tl.dot(rows, tl.trans(keys), weights, input_precision=PRECISION)
+    for LEVEL in tl.static_range(LEVELS):
+        if not SCALAR:
+            rows, keys = passing, k
+            if LEVEL:
+                of_key = tl.exp2(tl.where(in_second_half(LEVEL, SIZE), before, after))
+                rows, keys = rows * of_key, keys * of_key
+            rows, keys = as_operand(rows, dtype, PRECISION), as_operand(keys, dtype, PRECISION)
+            added = tl.dot(rows, tl.trans(keys), weights, input_precision=PRECISION)
+            weights = tl.where(across_halves(LEVEL, SIZE, BOTH, False), added, weights)
+        before, after, total = double_blocks(before, after, total, LEVEL, SIZE, g.shape[1])
+    return weights, before, after, total
+
+
+@triton.jit
+def _store(decayed, direction, x, slot, chunks, run, channel, KEY_DIM: tl.constexpr, PRECISION: tl.constexpr):
+    """Write decayed queries or keys (S, channels) of a run; as operand of products."""
+    x = as_operand(x, decayed.dtype.element_ty, PRECISION)
+    pointers, exists = decayed_run(decayed, direction, slot, chunks, run, channel, KEY_DIM, x.shape[0])
+    tl.store(pointers, x, mask=exists)
+    return x
+
+
+@triton.jit
+def _store_total(decays, total, slot, chunks, run, channel, KEY_DIM: tl.constexpr, SCALAR: tl.constexpr):
+    """Write the decay over a run, from the sums of its gates (S, W), which are all alike."""
+    is_first = tl.arange(0, total.shape[0])[:, None] == 0
+    place = slot * chunks * 2 + run
+    if SCALAR:
+        tl.store(decays + place + tl.zeros_like(total).to(tl.int32), tl.exp2(total), mask=is_first)
+    else:
+        pointers = decays + place * KEY_DIM + channel[None, :] + tl.zeros_like(total).to(tl.int32)
+        tl.store(pointers, tl.exp2(total), mask=is_first & (channel < KEY_DIM)[None, :])
