@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from diffusers_linattn.kernels.gated_attention import BLOCK, CHUNK, SCAN, WARPS, product_block
+from diffusers_linattn.kernels.gated_attention import BLOCK, CHUNK, SCAN, WARPS, product_blocks
 
 from compile_kernels import CHIPS, TYPES, Compiled, _read
 
@@ -51,16 +51,21 @@ def compile_launch(name: str, head_dim: int, dtype: torch.dtype, chip: int) -> C
         if hasattr(module, kernel_name)
     )
     half = dtype == torch.bfloat16
-    products = kernel_name in ("states_kernel", "output_kernel")
+    blocks = BLOCK, 32
+    if kernel_name in ("states_kernel", "output_kernel"):
+        blocks = product_blocks(torch.bfloat16 if half else torch.float32)
+    elif kernel_name == "scan_kernel":
+        blocks = SCAN
     constants: dict[str, Any] = {
         "KEY_DIM": head_dim,
         "VALUE_DIM": head_dim,
-        "BLOCK_K": product_block(dtype) if products else BLOCK,
-        "BLOCK_V": product_block(dtype) if products else SCAN[1] if kernel_name == "scan_kernel" else 32,
+        "BLOCK_K": blocks[0],
+        "BLOCK_V": blocks[1],
         "ROWS": SCAN[0],
         "CHUNK": CHUNK,
         "HALF": CHUNK // 2,
         "LEVELS": (CHUNK // 2).bit_length() - 1,
+        "COLUMNS": False,
         "SCALAR": False,
         "BOTH": True,
         "GRADIENT": False,

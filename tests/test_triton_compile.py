@@ -67,10 +67,10 @@ def test_linear_attention_fits(chip: int, head_dim: int, dtype: torch.dtype) -> 
 )
 def test_gated_kernels_fit(chip: int, head_dim: int, dtype: torch.dtype, per_head: bool) -> None:
     # The five levels of a half, unrolled, keep more than the registers hold: some words per thread in local memory.
-    spills = {"query gradient": 128, "key gradient": 64, "weights": 48, "output": 8}
+    spills = {"weights": 72, "gradients": 208}
     for name in compile_gated_kernels.PER_HEAD if per_head else compile_gated_kernels.LAUNCHES:
         result = compile_gated_kernels.compile_launch(name, head_dim, dtype, chip)
-        assert result.spills <= spills.get(name, 0), f"{name}: {result}"
-        assert result.loop_spills <= 24, f"{name}: {result}"
+        assert result.spills <= spills.get(name.removesuffix(", a gate per head"), 0), f"{name}: {result}"
+        assert result.loop_spills <= 80, f"{name}: {result}"
         assert result.shared <= compile_kernels.CHIPS[chip], f"{name}: {result}"
         assert result.products in ("mma.sync", "none"), f"{name}: {result}"

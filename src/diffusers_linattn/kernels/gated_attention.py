@@ -29,15 +29,14 @@ IN_KERNEL_FEATURES = ("none", "relu", "elu")
 # Bytes of memory for states and decayed queries and keys: heads beyond it wait for the next launch.
 _WORKSPACE = 2**30
 
-# Channels that a program works on at a time, where it computes decays; rows and columns of a state that one follows.
+# Features that a program works on at a time where it computes decays: more need too many registers.
 BLOCK = 16
-SCAN = (8, 64)
+SCAN = (16, 64)  # rows and columns of a state that a program follows
 
 
-def product_block(dtype: torch.dtype) -> int:
-    """Channels that a program works on at a time where it multiplies matrices alone."""
-    return 64 if dtype == torch.bfloat16 else 32
-
+def product_blocks(dtype: torch.dtype) -> tuple[int, int]:
+    """Features and value columns that a program works on at a time where it multiplies matrices alone."""
+    return 32, 64 if dtype == torch.bfloat16 else 32
 
 
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor gate"
@@ -184,8 +183,7 @@ class _Call:
         direction, order = describe_path(path, both)
         length = query.shape[2]
         self.chunks = -(-length // CHUNK)
-        inner, outer = (1, height * width) if order == "rows" else (height, width)
-        self.path = [self.chunks, length, inner, outer, int(direction == "backward")]
+        self.path = [self.chunks, length, height, width, int(direction == "backward"), order == "columns"]
         # fp16 has neither the range of a state nor that of a gradient divided by a denominator: it takes tf32.
         self.dtype = torch.bfloat16 if value.dtype == torch.bfloat16 else torch.float32
         self.precision = "tf32" if value.dtype == torch.float16 else fp32_precision(query.device)
@@ -195,11 +193,12 @@ class _Call:
         return self.query.new_empty(self.query.shape[:3] if self.counted else (0,), dtype=torch.float32)
 
     def groups(self) -> Iterator[_Heads]:
-        """The heads of all samples, in groups whose states fit into the workspace."""
+        """The heads of all samples, in groups of about one size whose states fit into the workspace."""
         key_dim, value_dim = self.query.shape[3], self.value.shape[3]
-        per_chunk = (1 + self.both) * key_dim * (value_dim + 2 * CHUNK) + CHUNK * CHUNK
+        per_chunk = (1 + self.both) * key_dim * (2 * value_dim + 2 * CHUNK) + 2 * CHUNK * CHUNK
         num_heads = self.query.shape[0] * self.query.shape[1]
-        step = max(1, _WORKSPACE // max(1, self.chunks * per_chunk * self.dtype.itemsize))
+        fitting = max(1, _WORKSPACE // max(1, self.chunks * per_chunk * self.dtype.itemsize))
+        step = -(-num_heads // max(1, -(-num_heads // fitting)))
         for first in range(0, num_heads if self.chunks else 0, step):
             yield _Heads(self, first, min(step, num_heads - first))
 
@@ -252,14 +251,13 @@ class _Heads:
         shape = (*decayed.shape[:2], call.chunks, decayed.shape[4])
         states = decayed.new_empty(*shape, value.shape[3])
         counts = decayed.new_empty(shape if call.counted else (0,), dtype=torch.float32)
-        block, dims = product_block(decayed.dtype), (decayed.shape[4], value.shape[3])
-        blocks = [-(-n // block) for n in dims]
+        blocks, dims = product_blocks(decayed.dtype), (decayed.shape[4], value.shape[3])
         self._launch(
             states_kernel,
-            blocks[0] * blocks[1],
+            -(-dims[0] // blocks[0]) * -(-dims[1] // blocks[1]),
             [decayed, inside.decays, value, counts if weight is None else weight, states, counts],
             [value],
-            [*dims, block, block, CHUNK // 2, call.scalar, call.both, gradient, call.counted, call.precision],
+            [*dims, *blocks, CHUNK // 2, call.scalar, call.both, gradient, call.counted, call.precision],
         )
         rows, columns = SCAN
         grid = (-(-dims[0] // rows) * -(-dims[1] // columns), self.number, 1 + call.both)
@@ -281,13 +279,13 @@ class _Heads:
         from diffusers_linattn.kernels.gated_states import output_kernel
 
         call, gradient = self.call, totals is None
-        block, dims = product_block(decayed.dtype), (decayed.shape[4], value.shape[3])
+        blocks, dims = product_blocks(decayed.dtype), (decayed.shape[4], value.shape[3])
         self._launch(
             output_kernel,
-            -(-dims[1] // block),
+            -(-dims[1] // blocks[1]),
             [inside.weights, decayed, inside.decays, value, *states, out, out if totals is None else totals],
             [value, out],
-            [*dims, block, block, CHUNK, call.scalar, call.both, gradient, call.counted and not gradient],
+            [*dims, *blocks, CHUNK, call.scalar, call.both, gradient, call.counted and not gradient],
             [call.precision],
         )
 

@@ -50,6 +50,7 @@ def weight_gradients_kernel(
     inner,
     outer,
     backward,
+    COLUMNS: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_V: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -61,7 +62,7 @@ def weight_gradients_kernel(
     grad += head // heads * stride_ob + head % heads * stride_oh
     value += head // heads * stride_vb + head % heads * stride_vh
     dtype: tl.constexpr = grad_weights.dtype.element_ty
-    token, valid = run_tokens(chunk, length, inner, outer, backward, CHUNK)
+    token, valid = run_tokens(chunk, length, inner, outer, backward, CHUNK, COLUMNS)
     acc = tl.zeros([CHUNK, CHUNK], dtype=tl.float32)
     for block in range(0, (VALUE_DIM + BLOCK_V - 1) // BLOCK_V):
         column = block * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -126,6 +127,7 @@ def gradients_kernel(
     inner,
     outer,
     backward,
+    COLUMNS: tl.constexpr,
     KEY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -139,8 +141,11 @@ def gradients_kernel(
     KEY_FEATURES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid (chunks, blocks of K, heads). dgate has the gates' channels, or with `SCALAR` one per block of K, which the
-    caller adds up."""
+    """Grid (chunks, blocks of K, heads).
+
+    States, their gradients and what `weights_kernel` writes as they are. dgate has the gates' channels, or with
+    `SCALAR` one per block of K, which the caller adds up.
+    """
     chunk, slot, head = tl.program_id(0), tl.program_id(2).to(tl.int64), (first_head + tl.program_id(2)).to(tl.int64)
     channel = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     query += head // heads * stride_qb + head % heads * stride_qh
@@ -153,21 +158,32 @@ def gradients_kernel(
     dgate += head // heads * stride_dgb + head % heads * stride_dgh
     grad_totals += head * length
     grad_weights += (slot * chunks + chunk) * 4 * HALF * HALF
-    dtype: tl.constexpr = states.dtype.element_ty
     GATE_DIM: tl.constexpr = 1 if SCALAR else KEY_DIM
     LEFT: tl.constexpr = 1 if BOTH else 0  # where what has decayed to the left lies among `decayed_queries`
     row, column = tl.arange(0, HALF)[:, None], tl.arange(0, HALF)[None, :]
     by_query, by_key = row * 2 * HALF + column, column * 2 * HALF + row
     through = _through_chunk(
-        chunk, slot, chunks, channel, states, counts, grad_states, grad_counts, VALUE_DIM, KEY_DIM, BLOCK_V, BOTH, COUNTED
+        chunk,
+        slot,
+        chunks,
+        channel,
+        states,
+        counts,
+        grad_states,
+        grad_counts,
+        VALUE_DIM,
+        KEY_DIM,
+        BLOCK_V,
+        BOTH,
+        COUNTED,
     )
-    through *= load_decay(decays, slot, chunks, 2 * chunk, channel, GATE_DIM, SCALAR)
-    through *= load_decay(decays, slot, chunks, 2 * chunk + 1, channel, GATE_DIM, SCALAR)
+    through *= load_decay(decays, slot, chunks, 2 * chunk, channel, KEY_DIM, SCALAR)
+    through *= load_decay(decays, slot, chunks, 2 * chunk + 1, channel, KEY_DIM, SCALAR)
 
     first_dg, dg = tl.zeros([HALF, BLOCK_K], dtype=tl.float32), tl.zeros([HALF, BLOCK_K], dtype=tl.float32)
     first_half, second_half = tl.zeros([BLOCK_K], dtype=tl.float32), tl.zeros([BLOCK_K], dtype=tl.float32)
     for half in range(0, 2):
-        token, valid = run_tokens(2 * chunk + half, length, inner, outer, backward, HALF)
+        token, valid = run_tokens(2 * chunk + half, length, inner, outer, backward, HALF, COLUMNS)
         q = load_features(query, token, valid, channel, stride_qn, KEY_DIM, QUERY_FEATURES)
         k = load_features(key, token, valid, channel, stride_kn, KEY_DIM, KEY_FEATURES)
         g = load_gate(gate, token, valid, channel, stride_gn, GATE_DIM, SCALAR)
@@ -201,7 +217,7 @@ def gradients_kernel(
         up_to_here += tl.where(is_second, -y, x)
 
         # Pairs across the chunk's borders, to which the other half may lie between.
-        over = load_decay(decays, slot, chunks, 2 * chunk + 1 - half, channel, GATE_DIM, SCALAR)[None, :]
+        over = load_decay(decays, slot, chunks, 2 * chunk + 1 - half, channel, KEY_DIM, SCALAR)[None, :]
         to_left, to_right = tl.where(is_second, before * over, before), tl.where(is_second, after, after * over)
         x_left, x_right = _draw(
             grad, token, valid, stride_on, states, slot, chunks, chunk, channel, KEY_DIM, VALUE_DIM, BLOCK_V,
@@ -233,8 +249,8 @@ def gradients_kernel(
         first_half, second_half = second_half, tl.sum(tl.where(is_second, from_here, up_to_here), 0)
 
     # What is summed from the second half's tokens on belongs to all gates of the first, and the other way round.
-    token0, valid0 = run_tokens(2 * chunk, length, inner, outer, backward, HALF)
-    token1, valid1 = run_tokens(2 * chunk + 1, length, inner, outer, backward, HALF)
+    token0, valid0 = run_tokens(2 * chunk, length, inner, outer, backward, HALF, COLUMNS)
+    token1, valid1 = run_tokens(2 * chunk + 1, length, inner, outer, backward, HALF, COLUMNS)
     _store_gate(dgate, first_dg + second_half[None, :], token0, valid0, channel, stride_dgn, KEY_DIM, SCALAR)
     _store_gate(dgate, dg + first_half[None, :], token1, valid1, channel, stride_dgn, KEY_DIM, SCALAR)
 
@@ -249,26 +265,38 @@ def _store_gate(dgate, x, token, valid, channel, stride, DIM: tl.constexpr, SCAL
 
 @triton.jit
 def _inside_a_half(
-    own, dw, dw_by_key, q, k, g, LEVELS: tl.constexpr, SCALAR: tl.constexpr, BOTH: tl.constexpr, PRECISION: tl.constexpr
+    own,
+    dw,
+    dw_by_key,
+    q,
+    k,
+    g,
+    LEVELS: tl.constexpr,
+    SCALAR: tl.constexpr,
+    BOTH: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    """What pairs of one run of S tokens give to the gradients of queries and keys, to sums for the gates from each token
-    on and up to it, and the sums of gates before and after each token."""
+    """What pairs of one run of S tokens give to the gradients of queries and keys and to the sums for the gates, from
+    each token on and up to it; and the sums of gates before and after each token.
+
+    own (S, 1) and dw (S, S) are the gradients of weights, dw_by_key the same transposed.
+    """
     SIZE: tl.constexpr = q.shape[0]
     dtype: tl.constexpr = dw.dtype
-    dq, dk = own * k, own * q
-    from_here, up_to_here = dq * 0, dq * 0
+    q_passed = q * tl.exp2(g)  # a query passes its own gate, a key does not
+    dq, dk = tl.zeros_like(q), own * q
+    from_here, up_to_here = tl.zeros_like(q), tl.zeros_like(q)
     before, after, total = g * 0, g * 0, g
-    passed = tl.exp2(g)
     for LEVEL in tl.static_range(LEVELS):
         if not SCALAR:
             second = in_second_half(LEVEL, SIZE)
-            decay = tl.exp2(tl.where(second, before, after))  # of a key; a query passes its own gate, too
+            decay = tl.exp2(tl.where(second, before, after)) if LEVEL else 1.0
             seen = tl.where(across_halves(LEVEL, SIZE, BOTH, False), dw, 0.0).to(dtype)
-            x = tl.dot(seen, as_operand(k * decay, dtype, PRECISION), input_precision=PRECISION) * decay * passed
+            x = tl.dot(seen, as_operand(k * decay, dtype, PRECISION), input_precision=PRECISION) * decay
             seen = tl.where(across_halves(LEVEL, SIZE, BOTH, True), dw_by_key, 0.0).to(dtype)
-            y = tl.dot(seen, as_operand(q * passed * decay, dtype, PRECISION), input_precision=PRECISION) * decay
+            y = tl.dot(seen, as_operand(q_passed * decay, dtype, PRECISION), input_precision=PRECISION) * decay
             dq, dk = dq + x, dk + y
-            x, y = x * q, y * k
+            x, y = x * q_passed, y * k
             from_here += tl.where(second, x, -y)
             up_to_here += tl.where(second, -y, x)
         before, after, total = double_blocks(before, after, total, LEVEL, SIZE, g.shape[1])
@@ -279,15 +307,21 @@ def _inside_a_half(
         for TO_RIGHT in tl.static_range(2):  # of the key
             if BOTH or not TO_RIGHT:
                 seen = tl.where(row < column if TO_RIGHT else row > column, dw, 0.0)
-                x = tl.dot(as_operand(seen, dtype, PRECISION), as_operand(k, dtype, PRECISION), input_precision=PRECISION)
+                x = tl.dot(
+                    as_operand(seen, dtype, PRECISION), as_operand(k, dtype, PRECISION), input_precision=PRECISION
+                )
                 seen = tl.where(row > column if TO_RIGHT else row < column, dw_by_key, 0.0)
-                y = tl.dot(as_operand(seen, dtype, PRECISION), as_operand(q, dtype, PRECISION), input_precision=PRECISION)
+                y = tl.dot(
+                    as_operand(seen, dtype, PRECISION), as_operand(q, dtype, PRECISION), input_precision=PRECISION
+                )
                 dq, dk = dq + x, dk + y
                 if TO_RIGHT:
                     up_to_here += x * q - y * k
                 else:
                     from_here += x * q - y * k
-    return dq, dk, from_here, up_to_here, before, after
+    if not SCALAR:
+        dq *= tl.exp2(g)
+    return dq + own * k, dk, from_here, up_to_here, before, after
 
 
 @triton.jit
@@ -309,7 +343,7 @@ def _draw(
     FROM_RIGHT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Rows of x (S, V) times the transposed states that enter the chunk from the left and from the right; 0 without."""
+    """Rows of x (S, V) times the transposed states that enter the chunk from the left and the right; 0 without."""
     left = tl.zeros([token.shape[0], channel.shape[0]], dtype=tl.float32)
     right = tl.zeros([token.shape[0], channel.shape[0]], dtype=tl.float32)
     for block in range(0, (VALUE_DIM + BLOCK_V - 1) // BLOCK_V):

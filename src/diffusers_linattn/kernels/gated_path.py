@@ -17,17 +17,18 @@ _LOWEST_GATE = tl.constexpr(-1e4)  # 2 to that power is 0, and sums of it stay f
 
 
 @triton.jit
-def run_tokens(run, length, inner, outer, backward, SIZE: tl.constexpr):
+def run_tokens(run, length, inner, outer, backward, SIZE: tl.constexpr, COLUMNS: tl.constexpr):
     """The tokens of the path's run of SIZE tokens (a chunk, or half of one), (SIZE,) int64, and which of them exist.
 
-    The path goes through planes of inner x outer tokens: `outer` tokens apart for `inner` steps, then on from the next
-    token of the plane's first row. inner = 1 is the raster order. `backward` is 0 or 1.
+    The path goes through the tokens in their order, or, with `COLUMNS`, through planes of inner x outer tokens:
+    `outer` tokens apart for `inner` steps, then on from the next token of the plane's first row. `backward` is 0 or 1.
     """
     position = run * SIZE + tl.arange(0, SIZE)
     valid = position < length
-    position += backward * (length - 1 - 2 * position)
-    in_plane = position % (inner * outer)
-    token = position - in_plane + in_plane % inner * outer + in_plane // inner
+    token = position + backward * (length - 1 - 2 * position)
+    if COLUMNS:
+        in_plane = token % (inner * outer)
+        token += in_plane % inner * outer + in_plane // inner - in_plane
     return token.to(tl.int64), valid
 
 
@@ -157,11 +158,11 @@ def decayed_run(
 
 
 @triton.jit
-def load_decay(decays, slot, chunks, run, channel, DIM: tl.constexpr, SCALAR: tl.constexpr):
-    """The decay over a run, (K,) or (1,), of decays (heads of the launch, 2 * chunks, DIM)."""
-    if SCALAR:
-        return tl.load(decays + slot * chunks * 2 + run + tl.arange(0, 1))
-    return tl.load(decays + (slot * chunks * 2 + run) * DIM + channel, mask=channel < DIM, other=1.0)
+def load_decay(decays, slot, chunks, run, channel, KEY_DIM: tl.constexpr, SCALAR: tl.constexpr):
+    """The decay over a run for each channel, (K,), of decays (heads of the launch, 2 * chunks, K | 1)."""
+    place = slot * chunks * 2 + run
+    pointers = decays + place + channel * 0 if SCALAR else decays + place * KEY_DIM + channel
+    return tl.load(pointers, mask=channel < KEY_DIM, other=1.0)
 
 
 @triton.jit

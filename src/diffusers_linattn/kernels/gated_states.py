@@ -43,6 +43,7 @@ def states_kernel(
     inner,
     outer,
     backward,
+    COLUMNS: tl.constexpr,
     KEY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -62,38 +63,44 @@ def states_kernel(
     """
     chunk, slot, head = tl.program_id(0), tl.program_id(2).to(tl.int64), (first_head + tl.program_id(2)).to(tl.int64)
     value_blocks: tl.constexpr = (VALUE_DIM + BLOCK_V - 1) // BLOCK_V
-    GATE_DIM: tl.constexpr = 1 if SCALAR else KEY_DIM
     channel = tl.program_id(1) // value_blocks * BLOCK_K + tl.arange(0, BLOCK_K)
     column = tl.program_id(1) % value_blocks * BLOCK_V + tl.arange(0, BLOCK_V)
     value += head // heads * stride_vb + head % heads * stride_vh
     weight += head * length
 
     dtype: tl.constexpr = states.dtype.element_ty
+    token0, valid0 = run_tokens(2 * chunk, length, inner, outer, backward, HALF, COLUMNS)
+    token1, valid1 = run_tokens(2 * chunk + 1, length, inner, outer, backward, HALF, COLUMNS)
+    v0 = load_tile(value, token0, valid0, column, stride_vn, VALUE_DIM).to(tl.float32)
+    v1 = load_tile(value, token1, valid1, column, stride_vn, VALUE_DIM).to(tl.float32)
+    v0, v1 = as_operand(v0, dtype, PRECISION), as_operand(v1, dtype, PRECISION)
     for DIRECTION in tl.static_range(1 + BOTH):
-        # Without both directions, states run right and their gradients left.
+        pointers, exists = decayed_run(decayed, DIRECTION, slot, chunks, 2 * chunk, channel, KEY_DIM, HALF)
+        x0 = tl.load(pointers, mask=exists, other=0.0)
+        pointers, exists = decayed_run(decayed, DIRECTION, slot, chunks, 2 * chunk + 1, channel, KEY_DIM, HALF)
+        x1 = tl.load(pointers, mask=exists, other=0.0)
+        # Without both directions, states run right and their gradients left. What enters first passes the other half.
         LEFT = DIRECTION if BOTH else GRADIENT
-        state = tl.zeros([BLOCK_K, BLOCK_V], dtype=tl.float32)
-        count = tl.zeros([BLOCK_K], dtype=tl.float32)
-        for STEP in tl.static_range(2):
-            run = 2 * chunk + (1 - STEP if LEFT else STEP)
-            token, valid = run_tokens(run, length, inner, outer, backward, HALF)
-            v = load_tile(value, token, valid, column, stride_vn, VALUE_DIM).to(tl.float32)
-            pointers, exists = decayed_run(decayed, DIRECTION, slot, chunks, run, channel, KEY_DIM, HALF)
-            x = tl.load(pointers, mask=exists, other=0.0)
-            if STEP:
-                decay = load_decay(decays, slot, chunks, run, channel, GATE_DIM, SCALAR)
-                state, count = state * decay[:, None], count * decay
-            state = tl.dot(tl.trans(x), as_operand(v, dtype, PRECISION), state, input_precision=PRECISION)
-            if COUNTED:
-                x = x.to(tl.float32)
-                if GRADIENT:
-                    x *= tl.load(weight + token, mask=valid, other=0.0)[:, None]
-                count += tl.sum(x, 0)
+        decay = load_decay(decays, slot, chunks, 2 * chunk + 1 - LEFT, channel, KEY_DIM, SCALAR)
+        if LEFT:
+            state = tl.dot(tl.trans(x1), v1, input_precision=PRECISION) * decay[:, None]
+            state = tl.dot(tl.trans(x0), v0, state, input_precision=PRECISION)
+        else:
+            state = tl.dot(tl.trans(x0), v0, input_precision=PRECISION) * decay[:, None]
+            state = tl.dot(tl.trans(x1), v1, state, input_precision=PRECISION)
         row = ((DIRECTION * tl.num_programs(2).to(tl.int64) + slot) * chunks + chunk) * KEY_DIM + channel
         pointers = states + row[:, None] * VALUE_DIM + column[None, :]
         tl.store(pointers, state.to(dtype), mask=(channel < KEY_DIM)[:, None] & (column < VALUE_DIM)[None, :])
         if COUNTED:
             if tl.program_id(1) % value_blocks == 0:
+                counted0, counted1 = x0.to(tl.float32), x1.to(tl.float32)
+                if GRADIENT:
+                    counted0 *= tl.load(weight + token0, mask=valid0, other=0.0)[:, None]
+                    counted1 *= tl.load(weight + token1, mask=valid1, other=0.0)[:, None]
+                if LEFT:
+                    count = tl.sum(counted0, 0) + tl.sum(counted1, 0) * decay
+                else:
+                    count = tl.sum(counted0, 0) * decay + tl.sum(counted1, 0)
                 tl.store(counts + row, count, mask=channel < KEY_DIM)
 
 
@@ -121,31 +128,29 @@ def scan_kernel(
     GATE_DIM: tl.constexpr = 1 if SCALAR else KEY_DIM
     row = tl.program_id(0) // column_blocks * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0) % column_blocks * BLOCK_V + tl.arange(0, BLOCK_V)
-    runs_left = tl.maximum(tl.program_id(2), left)
-    step = 1 - 2 * runs_left
-    # Of the first chunk on the way.
-    place = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * chunks + runs_left * (chunks - 1)
-    states += place * KEY_DIM * VALUE_DIM + row[:, None] * VALUE_DIM + column[None, :]
-    counts += place * KEY_DIM + row
-    place = tl.program_id(1).to(tl.int64) * chunks + runs_left * (chunks - 1)
-    decays += place * 2 * GATE_DIM + (row * 0 if SCALAR else row)
-    state = tl.zeros([ROWS, BLOCK_V], dtype=tl.float32)
-    count = tl.zeros([ROWS], dtype=tl.float32)
+    element, gate = row[:, None] * VALUE_DIM + column[None, :], row * 0 if SCALAR else row
     exists = row < KEY_DIM
     there = exists[:, None] & (column < VALUE_DIM)[None, :]
     counting = row < tl.where(tl.program_id(0) % column_blocks == 0, KEY_DIM, 0)
+    runs_left = tl.maximum(tl.program_id(2), left)
+    first_of_states = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * chunks
+    first_of_decays = tl.program_id(1).to(tl.int64) * chunks
+    state = tl.zeros([ROWS, BLOCK_V], dtype=tl.float32)
+    count = tl.zeros([ROWS], dtype=tl.float32)
     # Stages load some chunks ahead: nothing else hides their latency.
-    for _ in tl.range(0, chunks, num_stages=4):
-        added = tl.load(states, mask=there, other=0.0)
-        decay = tl.load(decays, mask=exists, other=1.0) * tl.load(decays + GATE_DIM, mask=exists, other=1.0)
-        state = state * decay[:, None] + added.to(tl.float32)
-        tl.store(states, as_operand(state, states.dtype.element_ty, PRECISION), mask=there)
+    for step in tl.range(0, chunks, num_stages=8):
+        chunk = step + runs_left * (chunks - 1 - 2 * step)
+        place = first_of_states + chunk
+        decay0 = decays + (first_of_decays + chunk) * 2 * GATE_DIM
+        decay = tl.load(decay0 + gate, mask=exists, other=1.0)
+        decay *= tl.load(decay0 + GATE_DIM + gate, mask=exists, other=1.0)
+        pointers = states + place * KEY_DIM * VALUE_DIM + element
+        state = state * decay[:, None] + tl.load(pointers, mask=there, other=0.0).to(tl.float32)
+        tl.store(pointers, as_operand(state, states.dtype.element_ty, PRECISION), mask=there)
         if COUNTED:
-            count = count * decay + tl.load(counts, mask=counting, other=0.0)
-            tl.store(counts, count, mask=counting)
-        states += step * KEY_DIM * VALUE_DIM
-        counts += step * KEY_DIM
-        decays += step * 2 * GATE_DIM
+            pointers = counts + place * KEY_DIM + row
+            count = count * decay + tl.load(pointers, mask=counting, other=0.0)
+            tl.store(pointers, count, mask=counting)
 
 
 @triton.jit(do_not_specialize=["heads", "first_head", "chunks", "length", "inner", "outer", "backward"])
@@ -171,6 +176,7 @@ def output_kernel(
     inner,
     outer,
     backward,
+    COLUMNS: tl.constexpr,
     KEY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -184,25 +190,22 @@ def output_kernel(
 ):
     """Weights times values inside a chunk plus what its tokens draw from the states that enter it.
 
-    Grid (chunks, blocks of V, heads). weights (heads, chunks, C, C), decayed queries. If `COUNTED`, also the sum of all
-    weights of a query, totals (all heads, tokens). With `GRADIENT`, decayed are the keys, value the output's gradient,
-    the states are their gradients, the weights are transposed and out is the value's gradient.
+    Grid (chunks, blocks of V, heads). weights, decayed (the queries) and decays as `weights_kernel` writes them. If
+    `COUNTED`, also the sum of all weights of a query, totals (all heads, tokens). With `GRADIENT`, decayed are the
+    keys, value the output's gradient, the states are their gradients, the weights are transposed and out is the
+    value's gradient.
     """
     chunk, slot, head = tl.program_id(0), tl.program_id(2).to(tl.int64), (first_head + tl.program_id(2)).to(tl.int64)
     column = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     value += head // heads * stride_vb + head % heads * stride_vh
     out += head // heads * stride_ob + head % heads * stride_oh
 
-    token, valid = run_tokens(chunk, length, inner, outer, backward, CHUNK)
-    GATE_DIM: tl.constexpr = 1 if SCALAR else KEY_DIM
+    token, valid = run_tokens(chunk, length, inner, outer, backward, CHUNK, COLUMNS)
+    dtype: tl.constexpr = states.dtype.element_ty
     row, other_row = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
-    weights += (slot * chunks + chunk) * CHUNK * CHUNK
-    w = tl.load(weights + (row + other_row * CHUNK if GRADIENT else row * CHUNK + other_row))
-    v = load_tile(value, token, valid, column, stride_vn, VALUE_DIM).to(tl.float32)
-    acc = tl.dot(w, as_operand(v, w.dtype, PRECISION), input_precision=PRECISION)
-    if COUNTED:
-        total = tl.sum(w.to(tl.float32), 1)
-    for block in range(0, (KEY_DIM + BLOCK_K - 1) // BLOCK_K):
+    acc = tl.zeros([CHUNK, BLOCK_V], dtype=tl.float32)
+    total = tl.zeros([CHUNK], dtype=tl.float32)
+    for block in tl.range(0, (KEY_DIM + BLOCK_K - 1) // BLOCK_K, num_stages=2):
         channel = block * BLOCK_K + tl.arange(0, BLOCK_K)
         for SIDE in tl.static_range(2):
             # From the left enters what runs right, met by what has decayed to the left end. Without both directions
@@ -214,15 +217,20 @@ def output_kernel(
                 pointers = decayed + place * CHUNK * KEY_DIM + row * KEY_DIM + channel[None, :]
                 x = tl.load(pointers, mask=(channel < KEY_DIM)[None, :], other=0.0).to(tl.float32)
                 # The half that lies farther from the border has the nearer one to pass.
-                decay = load_decay(decays, slot, chunks, 2 * chunk + SIDE, channel, GATE_DIM, SCALAR)
+                decay = load_decay(decays, slot, chunks, 2 * chunk + SIDE, channel, KEY_DIM, SCALAR)
                 is_farther = row < CHUNK // 2 if SIDE else row >= CHUNK // 2
-                x = as_operand(tl.where(is_farther, x * decay[None, :], x), w.dtype, PRECISION)
+                x *= tl.where(is_farther, decay[None, :], 1.0)
                 state = load_state(states, direction, slot, chunks, entered, channel, column, KEY_DIM, VALUE_DIM)
-                acc = tl.dot(x, state, acc, input_precision=PRECISION)
+                acc = tl.dot(as_operand(x, dtype, PRECISION), state, acc, input_precision=PRECISION)
                 if COUNTED:
-                    count = load_count(counts, direction, slot, chunks, entered, channel, KEY_DIM)
-                    total += tl.sum(x.to(tl.float32) * count[None, :], 1)
+                    if tl.program_id(1) == 0:
+                        count = load_count(counts, direction, slot, chunks, entered, channel, KEY_DIM)
+                        total += tl.sum(x * count[None, :], 1)
+    weights += (slot * chunks + chunk) * CHUNK * CHUNK
+    w = tl.load(weights + (row + other_row * CHUNK if GRADIENT else row * CHUNK + other_row))
+    v = load_tile(value, token, valid, column, stride_vn, VALUE_DIM).to(tl.float32)
+    acc = tl.dot(w, as_operand(v, dtype, PRECISION), acc, input_precision=PRECISION)
     store_tile(out, acc, token, valid, column, stride_on, VALUE_DIM)
     if COUNTED:
         if tl.program_id(1) == 0:
-            tl.store(totals + head * length + token, total, mask=valid)
+            tl.store(totals + head * length + token, total + tl.sum(w.to(tl.float32), 1), mask=valid)

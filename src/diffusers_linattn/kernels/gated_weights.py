@@ -50,6 +50,7 @@ def weights_kernel(
     inner,
     outer,
     backward,
+    COLUMNS: tl.constexpr,
     KEY_DIM: tl.constexpr,
     BLOCK_K: tl.constexpr,
     HALF: tl.constexpr,
@@ -62,9 +63,10 @@ def weights_kernel(
 ):
     """Grid (chunks, 1, heads of this launch).
 
-    Writes the weights (heads, chunks, C, C), the token's own included; the queries and keys decayed to the right and to
-    the left end of their run, which is half a chunk, (2, heads, 2 * chunks, S, K) each, or with one direction the keys
-    to the right and the queries to the left alone; and the decay over each run, decays (heads, 2 * chunks, K | 1).
+    Writes the weights (heads, chunks, C, C), the token's own included; the queries and keys decayed to the right and
+    to the left end of their run, which is half a chunk, (2, heads, 2 * chunks, S, K) each, or with one direction the
+    keys to the right and the queries to the left alone; and the decay over each run, decays (heads, 2 * chunks,
+    K | 1).
     """
     chunk, slot, head = tl.program_id(0), tl.program_id(2).to(tl.int64), (first_head + tl.program_id(2)).to(tl.int64)
     query += head // heads * stride_qb + head % heads * stride_qh
@@ -74,8 +76,8 @@ def weights_kernel(
     GATE_DIM: tl.constexpr = 1 if SCALAR else KEY_DIM
     LEFT: tl.constexpr = 1 if BOTH else 0  # where what has decayed to the left lies among `decayed_queries`
 
-    token0, valid0 = run_tokens(2 * chunk, length, inner, outer, backward, HALF)
-    token1, valid1 = run_tokens(2 * chunk + 1, length, inner, outer, backward, HALF)
+    token0, valid0 = run_tokens(2 * chunk, length, inner, outer, backward, HALF, COLUMNS)
+    token1, valid1 = run_tokens(2 * chunk + 1, length, inner, outer, backward, HALF, COLUMNS)
     # Queries of the first half by keys of the first, and so on.
     weights00 = tl.zeros([HALF, HALF], dtype=tl.float32)
     weights11 = tl.zeros([HALF, HALF], dtype=tl.float32)
@@ -91,7 +93,7 @@ def weights_kernel(
         own0 += tl.sum(q * k, 1)
         weights00, before, after, total = _add_pairs(weights00, q, k, g, LEVELS, SCALAR, BOTH, dtype, PRECISION)
         _store_total(decays, total, slot, chunks, 2 * chunk, channel, KEY_DIM, SCALAR)
-        q, before, after = q * tl.exp2(g), tl.exp2(before), tl.exp2(after)  # a query passes its own gate
+        q, before, after = q * tl.exp2(g), tl.exp2(before), tl.exp2(after)
         keys0 = _store(decayed_keys, 0, k * after, slot, chunks, 2 * chunk, channel, KEY_DIM, PRECISION)
         if BOTH:
             queries0 = _store(decayed_queries, 0, q * after, slot, chunks, 2 * chunk, channel, KEY_DIM, PRECISION)
@@ -151,17 +153,14 @@ def _add_pairs(
     """
     SIZE: tl.constexpr = q.shape[0]
     before, after, total = g * 0, g * 0, g
-    passing = q * tl.exp2(g)
+    passed = q * tl.exp2(g)  # a query passes its own gate, a key does not
     if SCALAR:
         rows, keys = as_operand(q, dtype, PRECISION), as_operand(k, dtype, PRECISION)
         weights = tl.dot(rows, tl.trans(keys), weights, input_precision=PRECISION)
     for LEVEL in tl.static_range(LEVELS):
         if not SCALAR:
-            rows, keys = passing, k
-            if LEVEL:
-                of_key = tl.exp2(tl.where(in_second_half(LEVEL, SIZE), before, after))
-                rows, keys = rows * of_key, keys * of_key
-            rows, keys = as_operand(rows, dtype, PRECISION), as_operand(keys, dtype, PRECISION)
+            decay = tl.exp2(tl.where(in_second_half(LEVEL, SIZE), before, after)) if LEVEL else 1.0
+            rows, keys = as_operand(passed * decay, dtype, PRECISION), as_operand(k * decay, dtype, PRECISION)
             added = tl.dot(rows, tl.trans(keys), weights, input_precision=PRECISION)
             weights = tl.where(across_halves(LEVEL, SIZE, BOTH, False), added, weights)
         before, after, total = double_blocks(before, after, total, LEVEL, SIZE, g.shape[1])
