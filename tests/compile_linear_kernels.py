@@ -20,17 +20,24 @@ LAUNCHES: dict[str, tuple[str, dict[str, Any]]] = {
     "state": ("state_kernel", {}),
     "product": ("product_kernel", {}),
     "query gradient": ("feature_gradient_kernel", {}),
-    "state of gradients": ("state_kernel", {"WEIGHTED": True}),
+    "state of gradients": ("state_kernel", {"WEIGHTED": True, "COUNTED": True}),
     "key gradient": ("feature_gradient_kernel", {"NORMALIZED": False}),
     "value gradient": ("product_kernel", {"NORMALIZED": False}),
 }
+# Instead of the last two, for heads of up to 64.
+NARROW_LAUNCHES: dict[str, tuple[str, dict[str, Any]]] = {"narrow gradients": ("narrow_gradients_kernel", {})}
 TEXT_LAUNCHES: dict[str, tuple[str, dict[str, Any]]] = {
     "product, text": ("product_kernel", {"HAS_TEXT": True}),
     "query gradient, text": ("feature_gradient_kernel", {"HAS_TEXT": True}),
     "text gradients": ("text_gradients_kernel", {"HAS_TEXT": True}),
 }
 _INTEGERS = ("heads", "num_tokens", "num_text", "share")
-_FP32 = ("weights", "count_weights", "state", "normalizer", "text_bias", "lse", "shrunk", "delta")
+_FP32 = ("weights", "counts", "state", "normalizer", "text_bias", "lse", "shrunk", "minus_delta")
+
+
+def launches(head_dim: int) -> list[str]:
+    """The names of the launches that heads of a size have, text beside them included."""
+    return [*LAUNCHES, *(NARROW_LAUNCHES if head_dim <= 64 else ()), *(TEXT_LAUNCHES if head_dim <= 128 else ())]
 
 
 def compile_launch(name: str, head_dim: int, dtype: torch.dtype, chip: int, launch: Launch | None = None) -> Compiled:
@@ -42,7 +49,7 @@ def compile_launch(name: str, head_dim: int, dtype: torch.dtype, chip: int, laun
     from diffusers_linattn.kernels import linear_attention_backward as backward
     from diffusers_linattn.kernels import linear_attention_forward as forward
 
-    kernel_name, flags = (LAUNCHES | TEXT_LAUNCHES)[name]
+    kernel_name, flags = (LAUNCHES | NARROW_LAUNCHES | TEXT_LAUNCHES)[name]
     kernel = getattr(forward, kernel_name, None) or getattr(backward, kernel_name)
     block = block_of(head_dim)
     launch = launch or choose_launch(kernel_name, head_dim, dtype, chip, "HAS_TEXT" in flags)
@@ -58,6 +65,7 @@ def compile_launch(name: str, head_dim: int, dtype: torch.dtype, chip: int, laun
         "FEATURE_MAP": "relu",
         "NORMALIZED": True,
         "WEIGHTED": False,
+        "COUNTED": False,
         "HAS_TEXT": False,
         "HAS_BIAS": True,
         "SPLIT": dtype == torch.bfloat16,
@@ -94,7 +102,7 @@ def main() -> None:
     sizes = [(128, torch.bfloat16), (72, torch.float16), (576, torch.bfloat16), (64, torch.bfloat16)]
     for chip in [int(x) for x in sys.argv[1:]] or CHIPS:
         for head_dim, dtype in sizes:
-            for name in LAUNCHES | (TEXT_LAUNCHES if head_dim <= 128 else {}):
+            for name in launches(head_dim):
                 result = compile_launch(name, head_dim, dtype, chip)
                 print(f"{chip:4} {head_dim:3} {TYPES[dtype]:5} {name:22} {result}", flush=True)
 

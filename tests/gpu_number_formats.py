@@ -2,7 +2,8 @@
 
 Numbers stay what they are there, bf16 the integers of its bits; what is computed with them is patched. As on a GPU,
 fp32 becomes bf16 by rounding to the nearest even, products of bf16 are exact and added up in fp32, and those in tf32
-cut off what tf32 does not hold. Arithmetic on bf16 outside of products, which no kernel needs, is an error.
+cut off what tf32 does not hold. Sums and maxima of two numbers in bf16 are rounded; other arithmetic on bf16, which no
+kernel needs, is an error.
 """
 
 from __future__ import annotations
@@ -36,6 +37,12 @@ def use_gpu_number_formats(monkeypatch: pytest.MonkeyPatch) -> None:
             a, b = (handle(cut_to_tf32(x.data), tl.float32) for x in (a, b))
         return dot(self, a, b, d, input_precision, max_num_imprecise_acc)
 
+    def binary_op(self: Any, left: Any, right: Any, compute: Any) -> Any:
+        if left.dtype.scalar == tl.bfloat16 and compute in (np.add, np.fmax):
+            result = compute(widen(left.data), widen(right.data))
+            return handle(round_to_bf16(result), tl.bfloat16)
+        return binary(self, left, right, compute)
+
     def refusing(compute: Any) -> Any:
         def checked(self: Any, *args: Any) -> Any:
             operands = [x for x in args if isinstance(x, handle)]
@@ -52,7 +59,9 @@ def use_gpu_number_formats(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builder, "cast_impl", cast_impl)
     monkeypatch.setattr(builder, "create_dot", create_dot)
     monkeypatch.setattr(reduction, "apply_impl", apply_impl)
-    for name in ("binary_op", "unary_op", "ternary_op"):
+    binary = refusing(builder.binary_op)
+    monkeypatch.setattr(builder, "binary_op", binary_op)
+    for name in ("unary_op", "ternary_op"):
         monkeypatch.setattr(builder, name, refusing(getattr(builder, name)))
 
 

@@ -76,7 +76,8 @@ def test_learned_feature_map(name):
 
 @pytest.mark.parametrize("name", ["odd grid", "references and padding"])
 @pytest.mark.parametrize("form", ["bool", "float", "per head", "pairwise"])
-def test_key_masks(name, form):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_key_masks(dtype, form, name):
     layout = LAYOUTS[name]
     seen = seen_keys(layout)
     mask = {
@@ -85,7 +86,7 @@ def test_key_masks(name, form):
         "per head": torch.rand(2, 2, 1, layout.length) > 0.2,
         "pairwise": seen & seen.transpose(-1, -2),
     }[form]
-    check(layout, mask=mask)
+    check(layout, dtype, mask=mask)
 
 
 def test_queries_that_see_nothing_give_zero():
@@ -125,7 +126,7 @@ def test_large_scores_of_either_sign():
 
 def test_many_tokens_are_shared_between_programs():
     layout = TokenLayout.joint(text=40, grid=(1, 21, 27))
-    assert share_tokens(567, 64, 1, 4) == (128, 5)
+    assert share_tokens(567, 64, 1, 8) == (128, 5)
     check(layout, inputs=make_inputs(layout, batch=1, heads=1))
 
 

@@ -23,6 +23,8 @@ FUSED_FEATURES = ("relu", "elu")
 MAX_DIM = 1024
 # The text is attended to by programs that have a whole head in one block.
 MAX_TEXT_DIM = 128
+# Up to here, in half precision, the gradients of key and value are one launch; more would not fit in the registers.
+MAX_NARROW_DIM = 64
 
 
 @torch.library.custom_op(
@@ -64,12 +66,16 @@ def linear_state_backward(
     feature_map: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradients of key and value."""
-    from diffusers_linattn.kernels.linear_attention_backward import feature_gradient_kernel
+    from diffusers_linattn.kernels.linear_attention_backward import feature_gradient_kernel, narrow_gradients_kernel
     from diffusers_linattn.kernels.linear_attention_forward import product_kernel
 
     call = _Call(key, value, feature_map, weights=weights)
     dkey, dvalue = empty_like(key), empty_like(value)
-    tensors: dict[str, Any] = {"query": call.key, "state": dstate.contiguous(), "normalizer": dnormalizer.contiguous()}
+    tensors: dict[str, Any] = {"state": dstate.contiguous(), "normalizer": dnormalizer.contiguous()}
+    if max(call.sides) <= MAX_NARROW_DIM and key.dtype != torch.float32:
+        call.launch(narrow_gradients_kernel, 1, key=call.key, value=call.value, dkey=dkey, dvalue=dvalue, **tensors)
+        return dkey, dvalue
+    tensors["query"] = call.key
     call.launch(feature_gradient_kernel, call.feature_blocks, grad=call.value, dquery=dkey, **tensors)
     call.launch(product_kernel, call.column_blocks, out=dvalue, **tensors)
     return dkey, dvalue
@@ -157,7 +163,7 @@ def linear_product_backward(
 
     call = _Call(query, grad, feature_map, text_key, text_value, text_bias, scale=scale)
     grad, dquery = call.value, empty_like(query)
-    shrunk, count_weights, delta = (torch.empty_like(lse) for _ in range(3))
+    shrunk, minus_delta = torch.empty_like(lse), torch.empty_like(lse)
     call.launch(
         feature_gradient_kernel,
         call.feature_blocks,
@@ -170,17 +176,16 @@ def linear_product_backward(
         normalizer=normalizer.contiguous(),
         dquery=dquery,
         shrunk=shrunk,
-        count_weights=count_weights,
-        delta=delta,
+        minus_delta=minus_delta,
     )
-    dstate, dnormalizer = call.state(shrunk, count_weights)
+    dstate, dnormalizer = call.state(shrunk, minus_delta)
     if text_key is None or text_value is None:
         return dquery, dstate, dnormalizer, query.new_empty(0), query.new_empty(0)
     blocks = call.text_blocks()
     _, _, shares = call.plan("text_gradients_kernel", blocks)
     parts = [query.new_empty(shares, *x.shape, dtype=torch.float32) for x in (text_key, text_value)]
     results: dict[str, Any] = {"dkey": parts[0], "dvalue": parts[1]}
-    call.launch(text_gradients_kernel, blocks, query=call.key, grad=grad, lse=lse, delta=delta, **results)
+    call.launch(text_gradients_kernel, blocks, query=call.key, grad=grad, lse=lse, minus_delta=minus_delta, **results)
     return dquery, dstate, dnormalizer, *(part.sum(0).to(query.dtype) for part in parts)
 
 
@@ -237,6 +242,8 @@ _STRIDES = {
     "g": "grad",
     "o": "out",
     "d": "dquery",
+    "dk": "dkey",
+    "dv": "dvalue",
     "tk": "text_key",
     "tv": "text_value",
     "b": "text_bias",
@@ -286,12 +293,13 @@ class _Call:
         """How a kernel is launched, the tokens of a program, and how many programs share those of a head."""
         launch = self._launch(kernel)
         others = max(1, blocks * self.key.shape[0] * self.key.shape[1])
-        return launch, *share_tokens(self.key.shape[2], launch.tokens, others, _processors(self.key.device))
+        places = launch.programs * _processors(self.key.device)
+        return launch, *share_tokens(self.key.shape[2], launch.tokens, others, places)
 
     def state(
-        self, weights: torch.Tensor | None, count_weights: torch.Tensor | None = None
+        self, weights: torch.Tensor | None, counts: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Σ w φ(k) vᵀ and Σ u φ(k) with the count weights u, which are the weights w where not given."""
+        """Σ w φ(k) vᵀ and Σ w φ(k) c with the counts c (batch, heads, tokens), which are 1 where not given."""
         from diffusers_linattn.kernels.linear_attention_forward import state_kernel
 
         if weights is not None:
@@ -305,7 +313,7 @@ class _Call:
             key=self.key,
             value=self.value,
             weights=weights,
-            count_weights=weights if count_weights is None else count_weights,
+            counts=counts,
             state=state,
             normalizer=normalizer,
         )
@@ -337,6 +345,7 @@ class _Call:
             "FEATURE_MAP": self.feature_map,
             "NORMALIZED": normalized,
             "WEIGHTED": weighted,
+            "COUNTED": given.get("counts") is not None,
             "HAS_TEXT": self.num_text > 0,
             "HAS_BIAS": self.has_bias,
             # Products with the state in the tokens' own dtype, the state in two summands; fp16 has not the range.

@@ -1,7 +1,7 @@
 """The gradients of linear attention that are not themselves a state or a product with one.
 
 With w = 1 / denominator, o the output, g its gradient and δ = g·o, the gradient of φ(q) is w (S g − δ z), and those
-of the state S and the normalizer z are Σ φ(q) w g and −Σ φ(q) w δ: a state again. The keys, which have no denominator,
+of the state S and the normalizer z are Σ w φ(q) g and −Σ w φ(q) δ: a state again. The keys, which have no denominator,
 get S g + z: what queries get with δ = −1. A program of the text's gradients owns a block of text and walks its share
 of the queries, with scores transposed, (text, queries), so that no product transposes a result.
 
@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from diffusers_linattn.kernels.linear_blocks import (
+    features,
     load_block,
     load_state,
     multiply,
@@ -37,8 +38,7 @@ def feature_gradient_kernel(
     text_bias,
     dquery,
     shrunk,
-    count_weights,
-    delta,
+    minus_delta,
     stride_qb,
     stride_qh,
     stride_qn,
@@ -85,10 +85,12 @@ def feature_gradient_kernel(
     """Grid (blocks of features, shares of `share` tokens, batch * heads).
 
     Writes dquery and, normalized, the numbers of every query that the other gradients need, fp32
-    (batch * heads, tokens): shrunk = w, count_weights = −w δ, and delta = δ.
+    (batch * heads, tokens): shrunk = w and minus_delta = −δ.
     """
     batch, head = (tl.program_id(2) // heads).to(tl.int64), (tl.program_id(2) % heads).to(tl.int64)
     COLUMN_BLOCKS: tl.constexpr = (COLUMNS + BLOCK_V - 1) // BLOCK_V
+    # Without text and with all features at hand, δ = w φ(q)·(S g), which needs no output.
+    ALONE: tl.constexpr = FEATURES <= BLOCK_K and not HAS_TEXT
     feature = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     column = tl.arange(0, BLOCK_V)
     query += batch * stride_qb + head * stride_qh
@@ -103,7 +105,6 @@ def feature_gradient_kernel(
         text_key += batch * stride_tkb + head * stride_tkh
         text_value += batch * stride_tvb + head * stride_tvh
         text_bias += batch * stride_bb + head * stride_bh
-    count = tl.load(normalizer + feature, mask=feature < FEATURES, other=0.0)
     if COLUMN_BLOCKS == 1:  # the state stays where it is for all blocks of tokens
         whole = load_state(state, feature, column, FEATURES, COLUMNS, True)
         high, low = split(whole, grad.dtype.element_ty, SPLIT, PRECISION)
@@ -116,42 +117,48 @@ def feature_gradient_kernel(
         acc = tl.zeros([BLOCK_M, BLOCK_K], dtype=tl.float32)
         products = tl.zeros([BLOCK_M], dtype=tl.float32)
         if COLUMN_BLOCKS == 1:
-            g = load_block(grad, token0, stride_gn, valid, column, COLUMNS, BLOCK_V)
+            q = load_block(query, token0, stride_qn, valid, feature, FEATURES)  # arrives meanwhile
+            g = load_block(grad, token0, stride_gn, valid, column, COLUMNS)
             acc = multiply(g, high, low, acc, SPLIT, PRECISION)
-            if NORMALIZED:
-                o = load_block(out, token0, stride_on, valid, column, COLUMNS, BLOCK_V)
+            if NORMALIZED and not ALONE:
+                o = load_block(out, token0, stride_on, valid, column, COLUMNS)
                 products = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
         else:
             for block in range(COLUMN_BLOCKS):
                 here = block * BLOCK_V + column
-                g = load_block(grad, token0, stride_gn, valid, here, COLUMNS, BLOCK_V)
+                g = load_block(grad, token0, stride_gn, valid, here, COLUMNS)
                 part = load_state(state, feature, here, FEATURES, COLUMNS, True)
                 high, low = split(part, grad.dtype.element_ty, SPLIT, PRECISION)
                 acc = multiply(g, high, low, acc, SPLIT, PRECISION)
-                if NORMALIZED:
-                    o = load_block(out, token0, stride_on, valid, here, COLUMNS, BLOCK_V)
+                if NORMALIZED and not ALONE:
+                    o = load_block(out, token0, stride_on, valid, here, COLUMNS)
                     products += tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
+            q = load_block(query, token0, stride_qn, valid, feature, FEATURES)
+        # Read again for every block: kept, it would be too many registers.
+        count = tl.load(normalizer + feature, mask=feature < FEATURES, other=0.0)
         if NORMALIZED:
             sums = tl.load(lse + numbers + token0 + token, mask=valid, other=float("inf"))
             w = tl.exp2(-sums)
+            if ALONE:
+                products = tl.sum(features(q, FEATURE_MAP).to(tl.float32) * acc, 1) * w
             acc = (acc - products[:, None] * count[None, :]) * w[:, None]
-            written = valid & (token >= tl.program_id(0) * BLOCK_M)  # by the first block of features
+            written = valid
+            if FEATURES > BLOCK_K:  # by the first block of features
+                written = valid & (token >= tl.program_id(0) * BLOCK_M)
             tl.store(shrunk + numbers + token0 + token, w, mask=written)
-            tl.store(count_weights + numbers + token0 + token, -w * products, mask=written)
-            tl.store(delta + numbers + token0 + token, products, mask=written)
+            tl.store(minus_delta + numbers + token0 + token, -products, mask=written)
         else:
             acc += count[None, :]
             if WEIGHTED:
                 acc *= tl.load(weights + token0 + token, mask=valid, other=0.0)[:, None]
-        q = load_block(query, token0, stride_qn, valid, feature, FEATURES, BLOCK_K)
         acc = through_features(acc, q, FEATURE_MAP)
         if HAS_TEXT:
             text, channel = tl.arange(0, BLOCK_T), tl.arange(0, WIDE_V)
-            g = load_block(grad, token0, stride_gn, valid, channel, COLUMNS, WIDE_V)
+            g = load_block(grad, token0, stride_gn, valid, channel, COLUMNS)
             for text0 in range(0, num_text, BLOCK_T):
                 there = text0 + text < num_text
-                k = load_block(text_key, text0, stride_tkn, there, feature, FEATURES, BLOCK_K)
-                v = load_block(text_value, text0, stride_tvn, there, channel, COLUMNS, WIDE_V)
+                k = load_block(text_key, text0, stride_tkn, there, feature, FEATURES)
+                v = load_block(text_value, text0, stride_tvn, there, channel, COLUMNS)
                 if HAS_BIAS:
                     added = tl.load(text_bias + text0 + text, mask=there, other=float("-inf"))
                 else:
@@ -164,12 +171,84 @@ def feature_gradient_kernel(
         store_block(dquery, token0, stride_dn, acc, valid, feature, FEATURES)
 
 
+@triton.jit(do_not_specialize=["heads", "num_tokens", "share"])
+def narrow_gradients_kernel(
+    key,
+    value,
+    state,
+    normalizer,
+    weights,
+    dkey,
+    dvalue,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_wb,
+    stride_wh,
+    stride_dkb,
+    stride_dkh,
+    stride_dkn,
+    stride_dvb,
+    stride_dvh,
+    stride_dvn,
+    heads,
+    num_tokens,
+    share,
+    FEATURES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    FEATURE_MAP: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Grid (1, shares of `share` tokens, batch * heads).
+
+    Writes dkey and dvalue from the gradients of state and normalizer, for heads that are one block: what two launches
+    would write, with key and value read once.
+    """
+    batch, head = (tl.program_id(2) // heads).to(tl.int64), (tl.program_id(2) % heads).to(tl.int64)
+    feature, column = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
+    key += batch * stride_kb + head * stride_kh
+    value += batch * stride_vb + head * stride_vh
+    weights += batch * stride_wb + head * stride_wh
+    dkey += batch * stride_dkb + head * stride_dkh
+    dvalue += batch * stride_dvb + head * stride_dvh
+    state += tl.program_id(2).to(tl.int64) * FEATURES * COLUMNS
+    normalizer += tl.program_id(2).to(tl.int64) * FEATURES
+    whole = load_state(state, feature, column, FEATURES, COLUMNS, False)
+    high, low = split(whole, key.dtype.element_ty, SPLIT, PRECISION)
+    count = tl.load(normalizer + feature, mask=feature < FEATURES, other=0.0)
+
+    first = tl.program_id(1) * share
+    last = tl.minimum(first + share, num_tokens)
+    token = tl.arange(0, BLOCK_M)
+    for token0 in range(first, last, BLOCK_M):
+        valid = token0 + token < last
+        k = load_block(key, token0, stride_kn, valid, feature, FEATURES)
+        v = load_block(value, token0, stride_vn, valid, column, COLUMNS)
+        dv = tl.zeros([BLOCK_M, BLOCK_V], dtype=tl.float32)
+        dv = multiply(features(k, FEATURE_MAP), high, low, dv, SPLIT, PRECISION)
+        dk = tl.zeros([BLOCK_M, BLOCK_K], dtype=tl.float32)
+        dk = multiply(v, tl.trans(high), tl.trans(low), dk, SPLIT, PRECISION) + count[None, :]
+        if WEIGHTED:
+            w = tl.load(weights + token0 + token, mask=valid, other=0.0)
+            dk, dv = dk * w[:, None], dv * w[:, None]
+        store_block(dkey, token0, stride_dkn, through_features(dk, k, FEATURE_MAP), valid, feature, FEATURES)
+        store_block(dvalue, token0, stride_dvn, dv, valid, column, COLUMNS)
+
+
 @triton.jit(do_not_specialize=["heads", "num_tokens", "num_text", "share"])
 def text_gradients_kernel(
     query,
     grad,
     lse,
-    delta,
+    minus_delta,
     text_key,
     text_value,
     text_bias,
@@ -218,8 +297,8 @@ def text_gradients_kernel(
     text0 = tl.program_id(0) * BLOCK_T
     text = text0 + tl.arange(0, BLOCK_T)
     there = text < num_text
-    k = load_block(text_key, text0, stride_tkn, there, feature, FEATURES, BLOCK_K)
-    v = load_block(text_value, text0, stride_tvn, there, column, COLUMNS, BLOCK_V)
+    k = load_block(text_key, text0, stride_tkn, there, feature, FEATURES)
+    v = load_block(text_value, text0, stride_tvn, there, column, COLUMNS)
     if HAS_BIAS:
         added = tl.load(text_bias + batch * stride_bb + head * stride_bh + text, mask=there, other=float("-inf"))
     else:
@@ -232,11 +311,11 @@ def text_gradients_kernel(
     token = tl.arange(0, BLOCK_M)
     for token0 in range(first, last, BLOCK_M):
         valid = token0 + token < last
-        q = load_block(query, token0, stride_qn, valid, feature, FEATURES, BLOCK_K)
-        g = load_block(grad, token0, stride_gn, valid, column, COLUMNS, BLOCK_V)
+        q = load_block(query, token0, stride_qn, valid, feature, FEATURES)
+        g = load_block(grad, token0, stride_gn, valid, column, COLUMNS)
         # Queries that are not there have weight 0.
         sums = tl.load(lse + numbers + token0 + token, mask=valid, other=float("inf"))
-        products = tl.load(delta + numbers + token0 + token, mask=valid, other=0.0)
+        products = -tl.load(minus_delta + numbers + token0 + token, mask=valid, other=0.0)
         scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * log2_scale + added[:, None]
         p = tl.exp2(scores - sums[None, :])
         dv = tl.dot(p.to(g.dtype), g, dv, input_precision=PRECISION)

@@ -21,6 +21,7 @@ from diffusers_linattn.kernels.linear_blocks import (
     round_for_products,
     split,
     store_block,
+    weigh,
 )
 from diffusers_linattn.kernels.local_attention_forward import attend
 
@@ -30,7 +31,7 @@ def state_kernel(
     key,
     value,
     weights,
-    count_weights,
+    counts,
     state,
     normalizer,
     stride_kb,
@@ -51,12 +52,14 @@ def state_kernel(
     BLOCK_M: tl.constexpr,
     FEATURE_MAP: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    COUNTED: tl.constexpr,
+    SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Grid (blocks of the state, shares of `share` tokens, batch * heads).
 
-    Writes state (shares, batch * heads, K, V) and normalizer (shares, batch * heads, K), fp32: Σ w φ(k) v and Σ u φ(k)
-    with the weights w and the count weights u of the tokens.
+    Writes state (shares, batch * heads, K, V) and normalizer (shares, batch * heads, K), fp32: Σ w φ(k) v and
+    Σ w φ(k) c with the weights w and the counts c of the tokens, which are 1 where not given.
     """
     batch, head = (tl.program_id(2) // heads).to(tl.int64), (tl.program_id(2) % heads).to(tl.int64)
     COLUMN_BLOCKS: tl.constexpr = (COLUMNS + BLOCK_V - 1) // BLOCK_V
@@ -65,29 +68,32 @@ def state_kernel(
     key += batch * stride_kb + head * stride_kh
     value += batch * stride_vb + head * stride_vh
     weights += batch * stride_wb + head * stride_wh
-    count_weights += batch * stride_wb + head * stride_wh
+    counts += batch * stride_wb + head * stride_wh
 
     acc = tl.zeros([BLOCK_K, BLOCK_V], dtype=tl.float32)
     count = tl.zeros([BLOCK_K], dtype=tl.float32)
     first = tl.program_id(1) * share
     last = tl.minimum(first + share, num_tokens)
     token = tl.arange(0, BLOCK_M)
+    # Keys reach the product through registers, for φ: a block is fetched while the one before it is multiplied.
+    k = load_block(key, first, stride_kn, first + token < last, feature, FEATURES)
     for token0 in range(first, last, BLOCK_M):
         valid = token0 + token < last
-        k = load_block(key, token0, stride_kn, valid, feature, FEATURES, BLOCK_K)
-        v = load_block(value, token0, stride_vn, valid, column, COLUMNS, BLOCK_V)
         phi = features(k, FEATURE_MAP)
+        k = load_block(key, token0 + BLOCK_M, stride_kn, token0 + BLOCK_M + token < last, feature, FEATURES)
+        v = load_block(value, token0, stride_vn, valid, column, COLUMNS)
         if WEIGHTED:
-            counted = tl.load(count_weights + token0 + token, mask=valid, other=0.0)
-            count += tl.sum(phi * counted[:, None], 0)
-            phi = phi * tl.load(weights + token0 + token, mask=valid, other=0.0)[:, None]
-        else:
-            count += tl.sum(tl.where(valid[:, None], phi, 0.0), 0)
-        if v.dtype == tl.bfloat16:
-            acc = tl.dot(tl.trans(phi.to(tl.bfloat16)), v, acc)
+            phi = phi.to(tl.float32) * tl.load(weights + token0 + token, mask=valid, other=0.0)[:, None]
+        counted = valid.to(tl.float32)
+        if COUNTED:
+            counted = tl.load(counts + token0 + token, mask=valid, other=0.0)
+        if SPLIT:
+            phi = tl.trans(phi.to(tl.bfloat16))
+            acc = tl.dot(phi, v, acc)
         else:  # weights may be out of the range of fp16
-            phi, v = round_for_products(phi, PRECISION), round_for_products(v.to(tl.float32), PRECISION)
-            acc = tl.dot(tl.trans(phi), v, acc, input_precision=PRECISION)
+            phi, v = tl.trans(round_for_products(phi, PRECISION)), round_for_products(v.to(tl.float32), PRECISION)
+            acc = tl.dot(phi, v, acc, input_precision=PRECISION)
+        count += weigh(phi, counted, SPLIT, PRECISION)
 
     place = tl.program_id(1).to(tl.int64) * tl.num_programs(2) + tl.program_id(2)
     pointers = state + place * FEATURES * COLUMNS + feature[:, None] * COLUMNS + column[None, :]
@@ -175,34 +181,35 @@ def product_kernel(
         valid = token0 + token < last
         acc = tl.zeros([BLOCK_M, BLOCK_V], dtype=tl.float32)
         if FEATURE_BLOCKS == 1:
-            phi = features(load_block(query, token0, stride_qn, valid, feature, FEATURES, BLOCK_K), FEATURE_MAP)
+            phi = features(load_block(query, token0, stride_qn, valid, feature, FEATURES), FEATURE_MAP)
             acc = multiply(phi, high, low, acc, SPLIT, PRECISION)
-            total = tl.sum(phi * count[None, :], 1)
+            total = weigh(phi, count, SPLIT, PRECISION)
         else:
             total = tl.zeros([BLOCK_M], dtype=tl.float32)
             for block in range(FEATURE_BLOCKS):
                 here = block * BLOCK_K + feature
-                phi = features(load_block(query, token0, stride_qn, valid, here, FEATURES, BLOCK_K), FEATURE_MAP)
+                phi = features(load_block(query, token0, stride_qn, valid, here, FEATURES), FEATURE_MAP)
                 part = load_state(state, here, column, FEATURES, COLUMNS, False)
                 high, low = split(part, query.dtype.element_ty, SPLIT, PRECISION)
                 acc = multiply(phi, high, low, acc, SPLIT, PRECISION)
-                total += tl.sum(phi * tl.load(normalizer + here, mask=here < FEATURES, other=0.0)[None, :], 1)
+                count = tl.load(normalizer + here, mask=here < FEATURES, other=0.0)
+                total += weigh(phi, count, False, PRECISION)
         if NORMALIZED:
             total += EPS
             peak = tl.zeros([BLOCK_M], dtype=tl.float32)
             if HAS_TEXT:
                 text, channel = tl.arange(0, BLOCK_T), tl.arange(0, WIDE_K)
-                q = load_block(query, token0, stride_qn, valid, channel, FEATURES, WIDE_K)
+                q = load_block(query, token0, stride_qn, valid, channel, FEATURES)
                 for text0 in range(0, num_text, BLOCK_T):
                     there = text0 + text < num_text
-                    k = load_block(text_key, text0, stride_tkn, there, channel, FEATURES, WIDE_K)
-                    v = load_block(text_value, text0, stride_tvn, there, column, COLUMNS, BLOCK_V)
+                    k = load_block(text_key, text0, stride_tkn, there, channel, FEATURES)
+                    v = load_block(text_value, text0, stride_tvn, there, column, COLUMNS)
                     if HAS_BIAS:
                         added = tl.load(text_bias + text0 + text, mask=there, other=float("-inf"))
                     else:
                         added = tl.where(there, 0.0, float("-inf"))
                     acc, total, peak = attend(acc, total, peak, q, k, v, log2_scale, added, PRECISION, None, False)
-            acc = acc / total[:, None]
+            acc = acc * (1.0 / total)[:, None]
             tl.store(lse + token0 + token, peak + tl.log2(total), mask=valid & (token >= tl.program_id(0) * BLOCK_M))
         elif WEIGHTED:
             acc = acc * tl.load(weights + token0 + token, mask=valid, other=0.0)[:, None]

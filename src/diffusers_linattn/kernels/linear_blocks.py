@@ -13,13 +13,21 @@ EPS = tl.constexpr(1e-6)  # that of `ops.reference`
 
 
 @triton.jit
-def load_block(pointer, token0, stride, valid, channel, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+def existing(valid, channel, SIZE: tl.constexpr):
+    """The mask of a block; where all channels exist, the tokens' alone, which takes fewer registers."""
+    BLOCK: tl.constexpr = channel.shape[0]
+    if SIZE // BLOCK * BLOCK == SIZE:
+        return valid[:, None]
+    else:
+        return valid[:, None] & (channel < SIZE)[None, :]
+
+
+@triton.jit
+def load_block(pointer, token0, stride, valid, channel, SIZE: tl.constexpr):
     """(M, BLOCK) of the tokens from `token0` on, 0 where a token or a channel does not exist."""
     token = tl.arange(0, valid.shape[0])
     pointers = pointer + tl.cast(token0, tl.int64) * stride + token[:, None] * stride + channel[None, :]
-    if SIZE % BLOCK == 0:
-        return tl.load(pointers, mask=valid[:, None], other=0.0)
-    return tl.load(pointers, mask=valid[:, None] & (channel < SIZE)[None, :], other=0.0)
+    return tl.load(pointers, mask=existing(valid, channel, SIZE), other=0.0)
 
 
 @triton.jit
@@ -27,7 +35,7 @@ def store_block(pointer, token0, stride, x, valid, channel, SIZE: tl.constexpr):
     """The inverse of `load_block`, in the pointer's dtype."""
     token = tl.arange(0, valid.shape[0])
     pointers = pointer + tl.cast(token0, tl.int64) * stride + token[:, None] * stride + channel[None, :]
-    tl.store(pointers, x.to(pointer.dtype.element_ty), mask=valid[:, None] & (channel < SIZE)[None, :])
+    tl.store(pointers, x.to(pointer.dtype.element_ty), mask=existing(valid, channel, SIZE))
 
 
 @triton.jit
@@ -43,12 +51,14 @@ def load_state(state, feature, column, FEATURES: tl.constexpr, COLUMNS: tl.const
 
 @triton.jit
 def features(x, FEATURE_MAP: tl.constexpr):
-    """φ in fp32; also of channels that do not exist, where the state is 0."""
-    x = x.to(tl.float32)
+    """φ, of bf16 in bf16, else in fp32; also of channels that do not exist, where the state is 0."""
+    dtype: tl.constexpr = tl.bfloat16 if x.dtype == tl.bfloat16 else tl.float32
+    if FEATURE_MAP == "elu":
+        x = x.to(tl.float32)
+        return tl.where(x > 0, x + 1, tl.exp(tl.minimum(x, 0.0))).to(dtype)
+    x = x.to(dtype)
     if FEATURE_MAP == "relu":
-        x = tl.maximum(x, 0.0) + EPS
-    elif FEATURE_MAP == "elu":
-        x = tl.where(x > 0, x + 1, tl.exp(tl.minimum(x, 0.0)))
+        x = tl.maximum(x, 0.0).to(dtype) + EPS  # Triton 3.6 takes maxima of bf16 in fp32
     return x
 
 
@@ -81,6 +91,21 @@ def split(state, dtype: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constex
     else:
         state = round_for_products(state, PRECISION)
         return state, state
+
+
+@triton.jit
+def weigh(phi, count, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """φ (M, A) · count (A,), fp32 (M,).
+
+    Split, as a product with the two summands as columns of 16: a sum would want φ in a layout of its own.
+    """
+    if SPLIT:
+        high, low = split(count, phi.dtype, SPLIT, PRECISION)
+        column = tl.arange(0, 16)[None, :]
+        columns = tl.where(column == 0, high[:, None], tl.where(column == 1, low[:, None], 0.0))
+        return tl.sum(tl.dot(phi, columns), 1)
+    else:
+        return tl.sum(phi.to(tl.float32) * count[None, :], 1)
 
 
 @triton.jit

@@ -14,13 +14,15 @@ import torch
 
 @dataclass(frozen=True)
 class Launch:
-    """Tokens of a block, text tokens of a block, channels that are summed over at a time, warps, pipeline stages."""
+    """Tokens of a block, text tokens of a block, channels that are summed over at a time, warps, pipeline stages, and
+    programs per processor."""
 
     tokens: int
     text: int
     summed: int
     warps: int
     stages: int
+    programs: int = 2
 
 
 # Chips with 99 KB of shared memory per block: consumer cards. The others have 163 KB (sm_80) or 227 KB.
@@ -34,7 +36,7 @@ def choose_launch(kernel: str, dim: int, dtype: torch.dtype, chip: int, has_text
 
     Example:
         >>> choose_launch("product_kernel", 128, torch.bfloat16, 90, False)
-        Launch(tokens=64, text=64, summed=128, warps=8, stages=3)
+        Launch(tokens=64, text=64, summed=128, warps=4, stages=3, programs=2)
     """
     # A block of the state that stays over all tokens is read once; beside text it would take too many registers.
     summed = 64 if dim > 128 or (has_text and dim > 64) else block_of(dim)
@@ -44,9 +46,16 @@ def choose_launch(kernel: str, dim: int, dtype: torch.dtype, chip: int, has_text
         return Launch(32, 32, summed, 8, 2)
     if has_text and dim > 64 and kernel == "feature_gradient_kernel":
         return Launch(64, 16 if chip >= 100 else 32, 32, 8, 2)
+    # Hopper's products of 64 rows are the work of 4 warps; 8 would do it twice. What a head of 128 keeps beside text,
+    # or as its state, needs the registers of 8.
+    wide = 64 if has_text or kernel == "state_kernel" else 128
+    warps = 4 if chip == 90 and dim <= wide else 8
     if chip in _SMALL_CHIPS or dim > 128 or has_text:
-        return Launch(64, 64 if kernel == "text_gradients_kernel" else 32, summed, 8, 2)
-    return Launch(64, 64, summed, 8, 3)
+        return Launch(64, 64 if kernel == "text_gradients_kernel" else 32, summed, warps, 2)
+    if chip != 90 or kernel == "state_kernel":
+        return Launch(64, 64, summed, warps, 3)
+    # Programs hide each other's waits: three of up to 64 channels fit at once, or two, the gradients' with 2 stages.
+    return Launch(64, 64, summed, warps, 3 if kernel == "product_kernel" else 2, 3 if dim <= 64 else 2)
 
 
 def block_of(dim: int) -> int:
@@ -54,16 +63,17 @@ def block_of(dim: int) -> int:
     return min(128, max(16, 1 << (dim - 1).bit_length()))
 
 
-def share_tokens(num_tokens: int, block: int, other_programs: int, processors: int) -> tuple[int, int]:
+def share_tokens(num_tokens: int, block: int, other_programs: int, places: int) -> tuple[int, int]:
     """How many tokens, in whole blocks, a program takes, and how many programs that makes per head.
 
-    Each program reads the state or writes one, so that more of them than keep the processors busy only cost.
+    `places` is how many programs run at once, `other_programs` how many each share of the tokens has. Each reads the
+    state or writes one, so that more of them than keep the processors busy only cost.
 
     Example:
-        >>> share_tokens(4096, 64, 24, 132)
+        >>> share_tokens(4096, 64, 24, 264)
         (384, 11)
     """
     blocks = -(-num_tokens // block)
-    programs = max(1, min(blocks, 2 * processors // other_programs))
+    programs = max(1, min(blocks, places // other_programs))
     share = -(-blocks // programs) * block
     return share, -(-num_tokens // share)
