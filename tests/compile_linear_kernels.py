@@ -31,13 +31,24 @@ TEXT_LAUNCHES: dict[str, tuple[str, dict[str, Any]]] = {
     "query gradient, text": ("feature_gradient_kernel", {"HAS_TEXT": True}),
     "text gradients": ("text_gradients_kernel", {"HAS_TEXT": True}),
 }
+# Where other weights than those of linear attention are blended with the text's.
+BLENDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "blend": ("blend_kernel", {}),
+    "blend gradients": ("blend_gradients_kernel", {}),
+    "blend, text": ("blend_kernel", {"HAS_TEXT": True}),
+    "blend gradients, text": ("blend_gradients_kernel", {"HAS_TEXT": True}),
+}
 _INTEGERS = ("heads", "num_tokens", "num_text", "share")
-_FP32 = ("weights", "counts", "state", "normalizer", "text_bias", "lse", "shrunk", "minus_delta")
+_FP32 = ("weights", "counts", "state", "normalizer", "text_bias", "lse", "shrunk", "minus_delta", "dsums", "dcounts")
+
+# What else is fp32: parts that are added up, and the sums that are blended.
+_FP32_IN = {"text_gradients_kernel": ("dkey", "dvalue"), "blend_kernel": ("value",)}
 
 
 def launches(head_dim: int) -> list[str]:
     """The names of the launches that heads of a size have, text beside them included."""
-    return [*LAUNCHES, *(NARROW_LAUNCHES if head_dim <= 64 else ()), *(TEXT_LAUNCHES if head_dim <= 128 else ())]
+    beside_text = [*TEXT_LAUNCHES, *BLENDS] if head_dim <= 128 else []
+    return [*LAUNCHES, *(NARROW_LAUNCHES if head_dim <= 64 else ()), *beside_text]
 
 
 def compile_launch(name: str, head_dim: int, dtype: torch.dtype, chip: int, launch: Launch | None = None) -> Compiled:
@@ -48,9 +59,10 @@ def compile_launch(name: str, head_dim: int, dtype: torch.dtype, chip: int, laun
 
     from diffusers_linattn.kernels import linear_attention_backward as backward
     from diffusers_linattn.kernels import linear_attention_forward as forward
+    from diffusers_linattn.kernels import text_blending_passes as blending
 
-    kernel_name, flags = (LAUNCHES | NARROW_LAUNCHES | TEXT_LAUNCHES)[name]
-    kernel = getattr(forward, kernel_name, None) or getattr(backward, kernel_name)
+    kernel_name, flags = (LAUNCHES | NARROW_LAUNCHES | TEXT_LAUNCHES | BLENDS)[name]
+    kernel = next(getattr(x, kernel_name) for x in (forward, backward, blending) if hasattr(x, kernel_name))
     block = block_of(head_dim)
     launch = launch or choose_launch(kernel_name, head_dim, dtype, chip, "HAS_TEXT" in flags)
     constants: dict[str, Any] = {
@@ -89,7 +101,7 @@ def _type(kernel: str, argument: str, element: str, constants: dict[str, Any]) -
         return "i32"
     if argument in ("scale", "log2_scale"):
         return "fp32"
-    if argument in _FP32 or (kernel == "text_gradients_kernel" and argument in ("dkey", "dvalue")):
+    if argument in _FP32 or argument in _FP32_IN.get(kernel, ()):
         return "*fp32"
     return f"*{element}"
 

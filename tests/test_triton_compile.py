@@ -49,13 +49,14 @@ def test_variants_fit(flags: dict[str, bool]) -> None:
 def test_linear_attention_fits(chip: int, head_dim: int, dtype: torch.dtype) -> None:
     # Between the loops, once per block of queries, some words of the two beside text lie in local memory; the most of
     # them where Triton 3.6 compiles.
-    outside = {"query gradient, text": 48, "product, text": 8} if head_dim == 128 else {}
+    outside = {"query gradient, text": 48, "product, text": 8, "blend gradients, text": 80} if head_dim == 128 else {}
     for name in linear.launches(head_dim):
         result = linear.compile_launch(name, head_dim, dtype, chip)
         assert result.loop_spills <= 1, f"{name}: {result}"
         assert result.spills <= outside.get(name, 0), f"{name}: {result}"
         assert result.shared <= compile_kernels.CHIPS[chip], f"{name}: {result}"
-        assert result.loops == result.asynchronous >= 1, f"{name}: {result}"
+        assert result.loops == result.asynchronous, f"{name}: {result}"
+        assert result.loops or name in ("blend", "blend gradients"), f"{name}: {result}"
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from diffusers_linattn import GLAProcessor, linearize, status
 from diffusers_linattn.kernels import gated_attention as kernels
+from diffusers_linattn.kernels.linear_attention import MAX_TEXT_DIM
 from diffusers_linattn.kernels.scan_paths import scan_path
+from diffusers_linattn.kernels.text_blending import blend_text
 from diffusers_linattn.layout import TokenLayout
 from diffusers_linattn.ops.gated import gated_linear_attention
 
@@ -72,6 +74,18 @@ def test_text_and_references(name):
 @pytest.mark.usefixtures("short_chunks")
 def test_half_precision(dtype, per_head):
     check(LAYOUTS["odd grid"], per_head, dtype, heads=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.usefixtures("short_chunks")
+def test_text_in_half_precision(dtype):
+    check(LAYOUTS["77 text first"], dtype=dtype)
+
+
+@pytest.mark.usefixtures("short_chunks")
+def test_text_beside_wide_heads():
+    """More channels than the kernel that blends the text in takes."""
+    check(TokenLayout.joint(text=5, grid=(1, 3, 4)), dim=MAX_TEXT_DIM + 8)
 
 
 @pytest.mark.parametrize(
@@ -157,6 +171,16 @@ def test_operator_registration(counted, per_head):
     inputs = [x.requires_grad_() for x in (query, key, value[..., :9], gate)]
     settings = (3, 5, True, scan_path("bidirectional", "columns"), "relu", "relu", counted)
     torch.library.opcheck(kernels.gated_attention_triton, (*inputs, *settings))
+
+
+@pytest.mark.parametrize("text", [0, 3])
+def test_operator_registration_of_the_blend(text):
+    sums, counts, query = torch.randn(1, 2, 7, 9), torch.rand(1, 2, 7), torch.randn(1, 2, 7, 16)
+    of_text = torch.randn(1, 2, text, 16), torch.randn(1, 2, text, 9)
+    inputs = [x.requires_grad_() for x in (sums, counts, query, *of_text)]
+    bias = torch.randn(1, 1, text)
+    inputs = [*inputs, bias] if text else [*inputs[:3], None, None, None]
+    torch.library.opcheck(blend_text, (*inputs, 0.25))
 
 
 @pytest.mark.usefixtures("short_chunks")

@@ -8,14 +8,12 @@ Letters: B batch, H heads, G tokens, T text tokens, K features per head, V value
 
 from __future__ import annotations
 
-import contextlib
-import functools
 from typing import Any
 
 import torch
 
-from diffusers_linattn.kernels.launching import LOG2_E, adjacent, chip_of, empty_like, fp32_precision
-from diffusers_linattn.kernels.linear_launches import Launch, block_of, choose_launch, share_tokens
+from diffusers_linattn.kernels.launching import empty_like
+from diffusers_linattn.kernels.linear_call import Call, empty_state
 
 
 # Feature maps that the kernels compute; "none" takes features as they are.
@@ -41,14 +39,14 @@ def linear_state(
     (B | 1, H | 1, G) without a gradient, or `None` for 1. `feature_map` is one of `FUSED_FEATURES`, or `"none"` where
     key is φ(k) already.
     """
-    return _Call(key, value, feature_map, weights=weights).state(weights)
+    return Call(key, value, feature_map, weights=weights).state(weights)
 
 
 @linear_state.register_fake
 def _(
     key: torch.Tensor, value: torch.Tensor, weights: torch.Tensor | None, feature_map: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return _empty_state(key, value)
+    return empty_state(key, value)
 
 
 @torch.library.custom_op(
@@ -69,7 +67,7 @@ def linear_state_backward(
     from diffusers_linattn.kernels.linear_attention_backward import feature_gradient_kernel, narrow_gradients_kernel
     from diffusers_linattn.kernels.linear_attention_forward import product_kernel
 
-    call = _Call(key, value, feature_map, weights=weights)
+    call = Call(key, value, feature_map, weights=weights)
     dkey, dvalue = empty_like(key), empty_like(value)
     tensors: dict[str, Any] = {"state": dstate.contiguous(), "normalizer": dnormalizer.contiguous()}
     if max(call.sides) <= MAX_NARROW_DIM and key.dtype != torch.float32:
@@ -128,7 +126,7 @@ def linear_product(
     """
     from diffusers_linattn.kernels.linear_attention_forward import product_kernel
 
-    call = _Call(query, state, feature_map, text_key, text_value, text_bias, scale=scale)
+    call = Call(query, state, feature_map, text_key, text_value, text_bias, scale=scale)
     out, lse = _empty_product(query, state)
     tensors: dict[str, Any] = {"query": call.key, "state": state.contiguous(), "normalizer": normalizer.contiguous()}
     call.launch(product_kernel, call.column_blocks, normalized=True, out=out, lse=lse, **tensors)
@@ -159,9 +157,9 @@ def linear_product_backward(
     feature_map: str,
 ) -> tuple[torch.Tensor, ...]:
     """The gradients of query, state, normalizer, text_key, text_value (empty without); the same bits every time."""
-    from diffusers_linattn.kernels.linear_attention_backward import feature_gradient_kernel, text_gradients_kernel
+    from diffusers_linattn.kernels.linear_attention_backward import feature_gradient_kernel
 
-    call = _Call(query, grad, feature_map, text_key, text_value, text_bias, scale=scale)
+    call = Call(query, grad, feature_map, text_key, text_value, text_bias, scale=scale)
     grad, dquery = call.value, empty_like(query)
     shrunk, minus_delta = torch.empty_like(lse), torch.empty_like(lse)
     call.launch(
@@ -179,14 +177,7 @@ def linear_product_backward(
         minus_delta=minus_delta,
     )
     dstate, dnormalizer = call.state(shrunk, minus_delta)
-    if text_key is None or text_value is None:
-        return dquery, dstate, dnormalizer, query.new_empty(0), query.new_empty(0)
-    blocks = call.text_blocks()
-    _, _, shares = call.plan("text_gradients_kernel", blocks)
-    parts = [query.new_empty(shares, *x.shape, dtype=torch.float32) for x in (text_key, text_value)]
-    results: dict[str, Any] = {"dkey": parts[0], "dvalue": parts[1]}
-    call.launch(text_gradients_kernel, blocks, query=call.key, grad=grad, lse=lse, minus_delta=minus_delta, **results)
-    return dquery, dstate, dnormalizer, *(part.sum(0).to(query.dtype) for part in parts)
+    return dquery, dstate, dnormalizer, *call.text_gradients(lse, minus_delta)
 
 
 @linear_product_backward.register_fake
@@ -222,160 +213,7 @@ def _product_gradients(ctx: Any, grad: torch.Tensor, _: torch.Tensor | None) -> 
 linear_product.register_autograd(_product_gradients, setup_context=_setup_product)
 
 
-def _empty_state(key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    shape = (*key.shape[:2], key.shape[3])
-    return key.new_empty(*shape, value.shape[3], dtype=torch.float32), key.new_empty(shape, dtype=torch.float32)
-
-
 def _empty_product(query: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     batch, heads, tokens, _ = query.shape
     out = query.new_empty(batch, tokens, heads, state.shape[3]).transpose(1, 2)
     return out, query.new_empty(batch, heads, tokens, dtype=torch.float32)
-
-
-# Which tensor the strides of a kernel are of, by the letters of their names.
-_STRIDES = {
-    "q": "query",
-    "k": "key",
-    "v": "value",
-    "w": "weights",
-    "g": "grad",
-    "o": "out",
-    "d": "dquery",
-    "dk": "dkey",
-    "dv": "dvalue",
-    "tk": "text_key",
-    "tv": "text_value",
-    "b": "text_bias",
-}
-
-
-class _Call:
-    """What the launches of one call share.
-
-    `key` are the tokens that φ is taken of, keys or queries, and the last side of `value` is V.
-    """
-
-    def __init__(
-        self,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        feature_map: str,
-        text_key: torch.Tensor | None = None,
-        text_value: torch.Tensor | None = None,
-        text_bias: torch.Tensor | None = None,
-        *,
-        weights: torch.Tensor | None = None,
-        scale: float = 0.0,
-    ) -> None:
-        self.key, self.value = adjacent(key), adjacent(value)
-        self.sides = (key.shape[3], value.shape[3])
-        self.blocks = tuple(map(block_of, self.sides))
-        self.feature_blocks, self.column_blocks = (-(-n // b) for n, b in zip(self.sides, self.blocks, strict=True))
-        self.weights = None if weights is None else weights.expand(*key.shape[:2], -1)
-        self.text: dict[str, torch.Tensor] = {}
-        self.num_text, self.has_bias = 0, text_bias is not None
-        if text_key is not None and text_value is not None:
-            self.text, self.num_text = (
-                {"text_key": adjacent(text_key), "text_value": adjacent(text_value)},
-                text_key.shape[2],
-            )
-            if text_bias is not None:
-                self.text["text_bias"] = (text_bias * LOG2_E).expand(*key.shape[:2], -1)
-        self.scale, self.feature_map = scale, feature_map
-        # fp16 is multiplied in fp32, for its range: tf32 has all its digits.
-        self.precision = "tf32" if key.dtype == torch.float16 else fp32_precision(key.device)
-
-    def text_blocks(self) -> int:
-        return -(-self.num_text // self._launch("text_gradients_kernel").text)
-
-    def plan(self, kernel: str, blocks: int) -> tuple[Launch, int, int]:
-        """How a kernel is launched, the tokens of a program, and how many programs share those of a head."""
-        launch = self._launch(kernel)
-        others = max(1, blocks * self.key.shape[0] * self.key.shape[1])
-        places = launch.programs * _processors(self.key.device)
-        return launch, *share_tokens(self.key.shape[2], launch.tokens, others, places)
-
-    def state(
-        self, weights: torch.Tensor | None, counts: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Σ w φ(k) vᵀ and Σ w φ(k) c with the counts c (batch, heads, tokens), which are 1 where not given."""
-        from diffusers_linattn.kernels.linear_attention_forward import state_kernel
-
-        if weights is not None:
-            weights = weights.expand(*self.key.shape[:2], -1)
-        blocks = self.feature_blocks * self.column_blocks
-        _, _, shares = self.plan("state_kernel", blocks)
-        state, normalizer = (x.new_empty(shares, *x.shape) for x in _empty_state(self.key, self.value))
-        self.launch(
-            state_kernel,
-            blocks,
-            key=self.key,
-            value=self.value,
-            weights=weights,
-            counts=counts,
-            state=state,
-            normalizer=normalizer,
-        )
-        return (state[0], normalizer[0]) if shares == 1 else (state.sum(0), normalizer.sum(0))
-
-    def launch(self, kernel: Any, blocks: int, *, normalized: bool = False, **tensors: torch.Tensor | None) -> None:
-        """Run a kernel over `blocks` times the shares times the heads."""
-        batch, heads, tokens, _ = self.key.shape
-        if not batch * heads:
-            return
-        launch, share, shares = self.plan(kernel.__name__, blocks)
-        given = {"weights": self.weights, **self.text, **tensors}
-        weighted = given["weights"] is not None
-        numbers = {
-            "heads": heads,
-            "num_tokens": tokens,
-            "num_text": self.num_text,
-            "share": share,
-            "scale": self.scale,
-            "log2_scale": self.scale * LOG2_E,
-            "FEATURES": self.sides[0],
-            "COLUMNS": self.sides[1],
-            "BLOCK_K": launch.summed if kernel.__name__ == "product_kernel" else self.blocks[0],
-            "BLOCK_V": launch.summed if kernel.__name__ == "feature_gradient_kernel" else self.blocks[1],
-            "WIDE_K": self.blocks[0],
-            "WIDE_V": self.blocks[1],
-            "BLOCK_M": launch.tokens,
-            "BLOCK_T": launch.text,
-            "FEATURE_MAP": self.feature_map,
-            "NORMALIZED": normalized,
-            "WEIGHTED": weighted,
-            "COUNTED": given.get("counts") is not None,
-            "HAS_TEXT": self.num_text > 0,
-            "HAS_BIAS": self.has_bias,
-            # Products with the state in the tokens' own dtype, the state in two summands; fp16 has not the range.
-            "SPLIT": self.key.dtype == torch.bfloat16,
-            "PRECISION": self.precision,
-        }
-        arguments: dict[str, Any] = {}
-        for name in kernel.arg_names:
-            if name.startswith("stride_"):
-                tensor = given.get(_STRIDES[name[7:-1]])
-                arguments[name] = 0 if tensor is None else tensor.stride("bhn".index(name[-1]))
-            elif name in numbers:
-                arguments[name] = numbers[name]
-            else:
-                tensor = given.get(name)
-                arguments[name] = self.key if tensor is None else tensor  # where there is none it is not read
-        device = self.key.device
-        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            # Triton 3.10 turns the fusion of products and sums off unless asked for.
-            kernel[blocks, shares, batch * heads](
-                **arguments, num_warps=launch.warps, num_stages=launch.stages, enable_fp_fusion=True
-            )
-
-    def _launch(self, kernel: str) -> Launch:
-        chip = chip_of(self.key.device)
-        return choose_launch(kernel, max(self.sides), self.key.dtype, chip, self.num_text > 0)
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 4
-    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -153,22 +153,55 @@ def feature_gradient_kernel(
                 acc *= tl.load(weights + token0 + token, mask=valid, other=0.0)[:, None]
         acc = through_features(acc, q, FEATURE_MAP)
         if HAS_TEXT:
-            text, channel = tl.arange(0, BLOCK_T), tl.arange(0, WIDE_V)
+            channel = tl.arange(0, WIDE_V)
             g = load_block(grad, token0, stride_gn, valid, channel, COLUMNS)
-            for text0 in range(0, num_text, BLOCK_T):
-                there = text0 + text < num_text
-                k = load_block(text_key, text0, stride_tkn, there, feature, FEATURES)
-                v = load_block(text_value, text0, stride_tvn, there, channel, COLUMNS)
-                if HAS_BIAS:
-                    added = tl.load(text_bias + text0 + text, mask=there, other=float("-inf"))
-                else:
-                    added = tl.where(there, 0.0, float("-inf"))
-                scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * log2_scale + added[None, :]
-                p = tl.exp2(scores - sums[:, None])
-                dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
-                ds = p * (dp - products[:, None]) * scale
-                acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
+            acc = add_text_to_query_gradient(
+                acc, q, g, sums, products, text_key, text_value, text_bias, stride_tkn, stride_tvn, feature, channel,
+                scale, log2_scale, num_text, FEATURES, COLUMNS, BLOCK_T, HAS_BIAS, PRECISION,
+            )  # fmt: skip
         store_block(dquery, token0, stride_dn, acc, valid, feature, FEATURES)
+
+
+@triton.jit
+def add_text_to_query_gradient(
+    acc,
+    q,
+    g,
+    sums,
+    products,
+    text_key,
+    text_value,
+    text_bias,
+    stride_tkn,
+    stride_tvn,
+    feature,
+    channel,
+    scale,
+    log2_scale,
+    num_text,
+    FEATURES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Add to acc (M, features) what the text gives to the queries' gradient: `sums` are the base-2 logarithms of their
+    denominators and `products` their δ, both (M,)."""
+    text = tl.arange(0, BLOCK_T)
+    for text0 in range(0, num_text, BLOCK_T):
+        there = text0 + text < num_text
+        k = load_block(text_key, text0, stride_tkn, there, feature, FEATURES)
+        v = load_block(text_value, text0, stride_tvn, there, channel, COLUMNS)
+        if HAS_BIAS:
+            added = tl.load(text_bias + text0 + text, mask=there, other=float("-inf"))
+        else:
+            added = tl.where(there, 0.0, float("-inf"))
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * log2_scale + added[None, :]
+        p = tl.exp2(scores - sums[:, None])
+        dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
+        ds = p * (dp - products[:, None]) * scale
+        acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit(do_not_specialize=["heads", "num_tokens", "share"])

@@ -8,7 +8,10 @@ from __future__ import annotations
 import torch
 
 from diffusers_linattn.kernels.gated_attention import IN_KERNEL_FEATURES, gated_attention_triton
+from diffusers_linattn.kernels.launching import DTYPES
+from diffusers_linattn.kernels.linear_attention import MAX_TEXT_DIM
 from diffusers_linattn.kernels.scan_paths import DIRECTIONS, ORDERS, describe_path, scan_path
+from diffusers_linattn.kernels.text_blending import blend_text
 from diffusers_linattn.layout import TokenLayout
 from diffusers_linattn.ops import reference
 from diffusers_linattn.ops.checks import check_attention_inputs, check_choice, repeat_heads
@@ -16,7 +19,7 @@ from diffusers_linattn.ops.features import FeatureMapArgument, full_precision, r
 from diffusers_linattn.ops.gated_choice import choose_impl, why_not_triton
 from diffusers_linattn.ops.gated_chunked import gated_scan
 from diffusers_linattn.ops.gated_fla import fla_scan, load_chunk_gla
-from diffusers_linattn.ops.linear import blend_with_text, with_text_queries
+from diffusers_linattn.ops.linear import blend_with_text, text_for_kernels, with_text_queries
 from diffusers_linattn.ops.masks import reduce_to_key_mask, take
 
 
@@ -146,6 +149,10 @@ def gated_linear_attention(
             sums, counts = _sum_over_grids(phi_q, phi_k, value, gate, layout, *settings)
             if counts is None:
                 grid = sums * (query.shape[-1] ** -0.5 if scale is None else scale)
+            elif impl != "chunked" and _blends_in_kernel(query, value, layout):
+                factor = query.shape[-1] ** -0.5 if scale is None else scale
+                text = text_for_kernels(key, value, layout, key_mask)
+                grid = blend_text(sums, counts[..., 0], take(query, layout.grids), *text, factor)[0]
             else:
                 grid = blend_with_text(query, key, value, layout, sums, counts, key_mask, scale)
         grid = grid if key_mask is None else key_mask.zero_hidden(grid)
@@ -199,6 +206,11 @@ def _sum_over_grids(
             sums[i] = sums[i] + q @ sum(states[:i] + states[i + 1 :])
             counts[i] = counts[i] + q @ sum(totals[:i] + totals[i + 1 :]) if normalize else counts[i]
     return torch.cat(sums, 2), torch.cat(counts, 2) if normalize else None
+
+
+def _blends_in_kernel(query: torch.Tensor, value: torch.Tensor, layout: TokenLayout) -> bool:
+    fits = not layout.num_text or max(query.shape[-1], value.shape[-1]) <= MAX_TEXT_DIM
+    return fits and query.dtype in DTYPES
 
 
 def _check_gate(gate: torch.Tensor, phi_k: torch.Tensor, key_heads: int) -> torch.Tensor:

@@ -175,11 +175,9 @@ def _by_kernels(
             phi_q = full_precision(queries) if name == "none" else of_query(queries)
             return blend_with_text(query, key, value, layout, *_sums(phi_q, state, normalizer), key_mask, scale)
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        text_key = text_value = text_bias = None
-        if layout.num_text:
-            text_key, text_value = take(key, layout.text), take(value, layout.text)
-            text_bias = None if key_mask is None else take(key_mask.bias, layout.text, -1)[:, :, 0].float()
-        return linear_product(queries, state, normalizer, text_key, text_value, text_bias, scale, name)[0]
+        return linear_product(
+            queries, state, normalizer, *text_for_kernels(key, value, layout, key_mask), scale, name
+        )[0]
 
 
 def _kernels_do_all(
@@ -188,6 +186,16 @@ def _kernels_do_all(
     """Whether the kernels take φ and attend to the text themselves, and so keep nothing but their inputs."""
     fused = isinstance(feature_map, str) and feature_map in FUSED_FEATURES
     return fused and (not layout.num_text or max(query.shape[-1], value.shape[-1]) <= MAX_TEXT_DIM)
+
+
+def text_for_kernels(
+    key: torch.Tensor, value: torch.Tensor, layout: TokenLayout, key_mask: KeyMask | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """The text's keys and values and what a mask adds to their scores, (B | 1, H | 1, T); `None` without."""
+    if not layout.num_text:
+        return None, None, None
+    bias = None if key_mask is None else take(key_mask.bias, layout.text, -1)[:, :, 0].float()
+    return take(key, layout.text), take(value, layout.text), bias
 
 
 def _by_reference(
