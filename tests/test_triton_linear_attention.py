@@ -24,6 +24,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from diffusers_linattn import LinearProcessor, linearize, status
 from diffusers_linattn.kernels import linear_attention as kernels
+from diffusers_linattn.kernels import linear_call
 from diffusers_linattn.kernels.linear_launches import Launch, share_tokens
 from diffusers_linattn.layout import TokenLayout
 from diffusers_linattn.ops.linear import linear_attention
@@ -132,7 +133,7 @@ def test_many_tokens_are_shared_between_programs():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_every_launch_gives_the_same(dtype, monkeypatch):
-    monkeypatch.setattr(kernels, "choose_launch", lambda *_: Launch(32, 16, 16, 4, 1))
+    monkeypatch.setattr(linear_call, "choose_launch", lambda *_: Launch(32, 16, 16, 4, 1))
     for layout in (TokenLayout.image((1, 9, 13)), TokenLayout.joint(text=21, grid=(1, 7, 9))):
         check(layout, dtype, make_inputs(layout, dtype, heads=1, dim=40))
 
