@@ -181,7 +181,7 @@ def gradients_kernel(
     through *= load_decay(decays, slot, chunks, 2 * chunk + 1, channel, KEY_DIM, SCALAR)
 
     first_dg, dg = tl.zeros([HALF, BLOCK_K], dtype=tl.float32), tl.zeros([HALF, BLOCK_K], dtype=tl.float32)
-    first_half, second_half = tl.zeros([BLOCK_K], dtype=tl.float32), tl.zeros([BLOCK_K], dtype=tl.float32)
+    of_first_half, of_second_half = tl.zeros([BLOCK_K], dtype=tl.float32), tl.zeros([BLOCK_K], dtype=tl.float32)
     for half in range(0, 2):
         token, valid = run_tokens(2 * chunk + half, length, inner, outer, backward, HALF, COLUMNS)
         q = load_features(query, token, valid, channel, stride_qn, KEY_DIM, QUERY_FEATURES)
@@ -246,13 +246,13 @@ def gradients_kernel(
         # A key's own gate is not between it and any query.
         first_dg = dg
         dg = tl.cumsum(from_here, 0, reverse=True) + tl.cumsum(up_to_here, 0) - y_left - y_right + through[None, :]
-        first_half, second_half = second_half, tl.sum(tl.where(is_second, from_here, up_to_here), 0)
+        of_first_half, of_second_half = of_second_half, tl.sum(tl.where(is_second, from_here, up_to_here), 0)
 
     # What is summed from the second half's tokens on belongs to all gates of the first, and the other way round.
     token0, valid0 = run_tokens(2 * chunk, length, inner, outer, backward, HALF, COLUMNS)
     token1, valid1 = run_tokens(2 * chunk + 1, length, inner, outer, backward, HALF, COLUMNS)
-    _store_gate(dgate, first_dg + second_half[None, :], token0, valid0, channel, stride_dgn, KEY_DIM, SCALAR)
-    _store_gate(dgate, dg + first_half[None, :], token1, valid1, channel, stride_dgn, KEY_DIM, SCALAR)
+    _store_gate(dgate, first_dg + of_second_half[None, :], token0, valid0, channel, stride_dgn, KEY_DIM, SCALAR)
+    _store_gate(dgate, dg + of_first_half[None, :], token1, valid1, channel, stride_dgn, KEY_DIM, SCALAR)
 
 
 @triton.jit
