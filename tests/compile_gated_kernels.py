@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from diffusers_linattn.kernels.gated_attention import BLOCK, CHUNK, SCAN, WARPS, product_blocks
+from diffusers_linattn.kernels.gated_attention import BLOCK, CHUNK, SCAN, choose_warps, product_blocks
 
 from compile_kernels import CHIPS, TYPES, Compiled, _read
 
@@ -51,6 +51,7 @@ def compile_launch(name: str, head_dim: int, dtype: torch.dtype, chip: int) -> C
         if hasattr(module, kernel_name)
     )
     half = dtype == torch.bfloat16
+    precision = "tf32" if dtype == torch.float16 else "ieee"
     blocks = BLOCK, 32
     if kernel_name in ("states_kernel", "output_kernel"):
         blocks = product_blocks(torch.bfloat16 if half else torch.float32)
@@ -72,7 +73,7 @@ def compile_launch(name: str, head_dim: int, dtype: torch.dtype, chip: int) -> C
         "COUNTED": True,
         "QUERY_FEATURES": "relu",
         "KEY_FEATURES": "relu",
-        "PRECISION": "ieee" if half or dtype == torch.float32 else "tf32",
+        "PRECISION": precision,
     }
     constants = {key: value for key, value in (constants | flags).items() if key in kernel.arg_names}
     signature, attributes = {}, {}
@@ -90,14 +91,15 @@ def compile_launch(name: str, head_dim: int, dtype: torch.dtype, chip: int) -> C
             signature[argument] = "*" + (element if given else TYPES[dtype])
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": WARPS, "num_stages": 1, "enable_fp_fusion": True}
+    warps = choose_warps(torch.bfloat16 if half else torch.float32, precision)
+    options = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
     return _read(triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options))
 
 
 def main() -> None:
     print("chip dim dtype launch                                 regs stack spills in loop  shared async")
     for chip in CHIPS:
-        for head_dim, dtype in ((128, torch.bfloat16), (64, torch.float16)):
+        for head_dim, dtype in ((128, torch.bfloat16), (64, torch.float16), (64, torch.float32)):
             for name in LAUNCHES | PER_HEAD:
                 result = compile_launch(name, head_dim, dtype, chip)
                 print(f"{chip:4} {head_dim:3} {TYPES[dtype]:5} {name:38} {result}", flush=True)

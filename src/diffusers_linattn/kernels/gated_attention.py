@@ -20,9 +20,6 @@ from diffusers_linattn.kernels.scan_paths import describe_path
 
 
 CHUNK = 64
-# Kernels of this kind with four gave wrong results on Hopper with Triton 3.4 to 3.7; with two, products are those of
-# `mma.sync`.
-WARPS = 2
 MAX_DIM = 256
 IN_KERNEL_FEATURES = ("none", "relu", "elu")
 
@@ -32,6 +29,13 @@ _WORKSPACE = 2**30
 # Features that a program works on at a time where it computes decays: more need too many registers.
 BLOCK = 16
 SCAN = (16, 64)  # rows and columns of a state that a program follows
+
+
+def choose_warps(dtype: torch.dtype, precision: str) -> int:
+    """Warps of a program for operands of a dtype, products of fp32 being in `"ieee"` arithmetic or in `"tf32"`."""
+    # Products on tensor cores are those of `mma.sync` with two warps. Kernels of this kind with four, which multiply
+    # otherwise, gave wrong results on Hopper with Triton 3.4 to 3.7. IEEE arithmetic needs registers, not tensor cores.
+    return 8 if dtype == torch.float32 and precision == "ieee" else 2
 
 
 def product_blocks(dtype: torch.dtype) -> tuple[int, int]:
@@ -188,6 +192,7 @@ class _Call:
         self.dtype = torch.bfloat16 if value.dtype == torch.bfloat16 else torch.float32
         self.precision = "tf32" if value.dtype == torch.float16 else fp32_precision(query.device)
         self.key_blocks = -(-query.shape[3] // BLOCK)
+        self.warps = choose_warps(self.dtype, self.precision)
 
     def empty_counts(self) -> torch.Tensor:
         return self.query.new_empty(self.query.shape[:3] if self.counted else (0,), dtype=torch.float32)
@@ -334,7 +339,7 @@ class _Heads:
         device = self.call.query.device
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             # Triton 3.10 turns the fusion of products and sums off unless asked for.
-            kernel[grid](*arguments, num_warps=WARPS, num_stages=1, enable_fp_fusion=True)
+            kernel[grid](*arguments, num_warps=self.call.warps, num_stages=1, enable_fp_fusion=True)
 
 
 def _levels() -> int:
