@@ -34,7 +34,7 @@ SCAN = (16, 64)  # rows and columns of a state that a program follows
 def choose_warps(dtype: torch.dtype, precision: str) -> int:
     """Warps of a program for operands of a dtype, products of fp32 being in `"ieee"` arithmetic or in `"tf32"`."""
     # Products on tensor cores are those of `mma.sync` with two warps. Kernels of this kind with four, which multiply
-    # otherwise, gave wrong results on Hopper with Triton 3.4 to 3.7. IEEE arithmetic needs registers, not tensor cores.
+    # otherwise, gave wrong results on Hopper with Triton 3.4 to 3.7. IEEE arithmetic needs registers.
     return 8 if dtype == torch.float32 and precision == "ieee" else 2
 
 
