@@ -43,7 +43,8 @@ def choose_launch(kernel: str, dim: int, dtype: torch.dtype, chip: int, has_text
     if not chip:
         return Launch(64, 32, summed, 4, 1)
     if dtype != torch.bfloat16:
-        return Launch(32, 32, summed, 8, 2)
+        narrow = dtype == torch.float32 and dim > 64 and kernel == "product_kernel"  # of fp32, 64 spill
+        return Launch(32, 32, 32 if narrow else summed, 8, 2)
     if has_text and dim > 64 and kernel in ("feature_gradient_kernel", "blend_gradients_kernel"):
         return Launch(64, 16 if chip >= 100 else 32, 32, 8, 2)
     # Hopper's products of 64 rows are the work of 4 warps; 8 would do it twice. What a head of 128 keeps beside text,
