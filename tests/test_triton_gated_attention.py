@@ -129,6 +129,35 @@ def test_masks_and_other_features(feature_map):
 
 
 @pytest.mark.usefixtures("short_chunks")
+def test_masks_whose_keys_lie_apart_in_memory():
+    layout = LAYOUTS["77 text first"]
+    check(layout, batch=2, mask=torch.randn(layout.length, 2).t()[:, None, None])
+
+
+@pytest.mark.usefixtures("short_chunks")
+def test_gradient_of_a_mask():
+    layout = TokenLayout.joint(text=5, grid=(1, 3, 4))
+    inputs = make_gated_inputs(layout, batch=1, heads=1)
+    gradients = []
+    for impl in ("triton", "reference"):
+        mask = torch.linspace(-1, 1, layout.length)[None, None, None].clone().requires_grad_()
+        output = gated_linear_attention(*inputs, layout, mask=mask, impl=impl)
+        gradients += torch.autograd.grad(output.square().sum(), mask)
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.usefixtures("short_chunks")
+def test_signed_features():
+    """The denominator of callables may be negative, of which there is no logarithm."""
+    layout = LAYOUTS["odd grid"]
+    inputs = make_gated_inputs(layout, batch=1, heads=1)
+    inputs = [inputs[0].abs() + 1, -inputs[1].abs() - 1, *inputs[2:]]
+    impls = (ours(layout, impl=impl, feature_map=(torch.clone, torch.clone)) for impl in ("triton", "chunked"))
+    results = (with_gradients(impl, inputs, torch.float32) for impl in impls)
+    torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("short_chunks")
 def test_heads_beyond_the_memory_for_states_wait(monkeypatch):
     monkeypatch.setattr(kernels, "_WORKSPACE", 1)
     check(LAYOUTS["odd grid"], batch=2, heads=2)
@@ -179,8 +208,8 @@ def test_operator_registration_of_the_blend(text):
     of_text = torch.randn(1, 2, text, 16), torch.randn(1, 2, text, 9)
     inputs = [x.requires_grad_() for x in (sums, counts, query, *of_text)]
     bias = torch.randn(1, 1, text)
-    inputs = [*inputs, bias] if text else [*inputs[:3], None, None, None]
-    torch.library.opcheck(blend_text, (*inputs, 0.25))
+    torch.library.opcheck(blend_text, (*inputs, bias, 0.25))
+    torch.library.opcheck(blend_text, (*inputs[:3], None, None, None, 0.25))
 
 
 @pytest.mark.usefixtures("short_chunks")

@@ -76,7 +76,7 @@ def test_learned_feature_map(name):
 
 
 @pytest.mark.parametrize("name", ["odd grid", "references and padding"])
-@pytest.mark.parametrize("form", ["bool", "float", "per head", "pairwise"])
+@pytest.mark.parametrize("form", ["bool", "float", "keys apart", "per head", "pairwise"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_key_masks(dtype, form, name):
     layout = LAYOUTS[name]
@@ -84,6 +84,7 @@ def test_key_masks(dtype, form, name):
     mask = {
         "bool": seen,
         "float": torch.randn(2, 1, 1, layout.length).masked_fill(~seen, float("-inf")),
+        "keys apart": torch.randn(layout.length, 2).t()[:, None, None],  # in memory
         "per head": torch.rand(2, 2, 1, layout.length) > 0.2,
         "pairwise": seen & seen.transpose(-1, -2),
     }[form]

@@ -24,7 +24,7 @@ MAX_DIM = 256
 IN_KERNEL_FEATURES = ("none", "relu", "elu")
 
 # Bytes of memory for states and decayed queries and keys: heads beyond it wait for the next launch.
-_WORKSPACE = 2**30
+_WORKSPACE = 2**31
 
 # Features that a program works on at a time where it computes decays: more need too many registers.
 BLOCK = 16
@@ -67,16 +67,17 @@ def gated_attention_triton(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights times values over the scan of one grid, the token itself included, and the sums of the weights.
 
-    query and key are (B, H, L, K) in raster order, value (B, H, L, V), gate (B, H, L, K or 1), read as at most 0.
+    query and key are (B, H, L, K) in raster order, value (B, H, L, V), gate (B, H, L, K or 1), at most 0.
     `query_features` and `key_features` are taken in the kernel: `"none"`, `"relu"` or `"elu"`. The sums are fp32
     (B, H, L, V) in the memory order of (B, L, H, V), the counts fp32 (B, H, L), or empty without `counted`.
     """
     call = _Call(query, key, value, gate, height, width, both, path, query_features, key_features, counted)
     sums, counts = empty_like(value, torch.float32), call.empty_counts()
-    for heads in call.groups():
+    for heads in call.groups(training=False):
         inside = heads.weights()
         states = heads.states(inside.keys, inside, call.value)
         heads.output(inside.queries, inside, call.value, states, sums, counts)
+        del inside, states  # before the next group takes its memory
     return sums, counts
 
 
@@ -124,12 +125,13 @@ def gated_attention_triton_backward(
     dquery, dkey, dvalue = empty_like(query), empty_like(key), empty_like(value)
     # A gate shared by all channels gets one part of its gradient per block of channels.
     dgate = query.new_empty(*query.shape[:3], call.key_blocks if call.scalar else query.shape[3], dtype=torch.float32)
-    for heads in call.groups():
+    for heads in call.groups(training=True):
         inside = heads.weights()
         states = heads.states(inside.keys, inside, call.value)
         grad_states = heads.states(inside.queries, inside, grad, grad_counts)
         heads.output(inside.keys, inside, grad, grad_states, dvalue)
         heads.gradients(grad, grad_counts, inside, states, grad_states, dquery, dkey, dgate)
+        del inside, states, grad_states
     dgate = dgate.sum(3, keepdim=True) if call.scalar else dgate
     return dquery, dkey, dvalue, dgate.to(gate.dtype)
 
@@ -197,13 +199,15 @@ class _Call:
     def empty_counts(self) -> torch.Tensor:
         return self.query.new_empty(self.query.shape[:3] if self.counted else (0,), dtype=torch.float32)
 
-    def groups(self) -> Iterator[_Heads]:
+    def groups(self, training: bool) -> Iterator[_Heads]:
         """The heads of all samples, in groups of about one size whose states fit into the workspace."""
         key_dim, value_dim = self.query.shape[3], self.value.shape[3]
-        per_chunk = (1 + self.both) * key_dim * (2 * value_dim + 2 * CHUNK) + 2 * CHUNK * CHUNK
+        per_chunk = (1 + self.both) * key_dim * (value_dim * (1 + training) + 2 * CHUNK) + CHUNK * CHUNK * (
+            1 + training
+        )
         num_heads = self.query.shape[0] * self.query.shape[1]
         fitting = max(1, _WORKSPACE // max(1, self.chunks * per_chunk * self.dtype.itemsize))
-        step = -(-num_heads // max(1, -(-num_heads // fitting)))
+        step = max(1, -(-num_heads // max(1, -(-num_heads // fitting))))
         for first in range(0, num_heads if self.chunks else 0, step):
             yield _Heads(self, first, min(step, num_heads - first))
 

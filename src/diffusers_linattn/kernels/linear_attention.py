@@ -39,7 +39,7 @@ def linear_state(
     (B | 1, H | 1, G) without a gradient, or `None` for 1. `feature_map` is one of `FUSED_FEATURES`, or `"none"` where
     key is φ(k) already.
     """
-    return Call(key, value, feature_map, weights=weights).state(weights)
+    return Call(key, value, feature_map, weights=weights).state()
 
 
 @linear_state.register_fake
@@ -176,7 +176,7 @@ def linear_product_backward(
         shrunk=shrunk,
         minus_delta=minus_delta,
     )
-    dstate, dnormalizer = call.state(shrunk, minus_delta)
+    dstate, dnormalizer = call.state(weights=shrunk, counts=minus_delta)
     return dquery, dstate, dnormalizer, *call.text_gradients(lse, minus_delta)
 
 

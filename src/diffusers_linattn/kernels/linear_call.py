@@ -61,7 +61,7 @@ class Call:
         self.sides = (key.shape[3], value.shape[3])
         self.blocks = tuple(map(block_of, self.sides))
         self.feature_blocks, self.column_blocks = (-(-n // b) for n, b in zip(self.sides, self.blocks, strict=True))
-        self.weights = None if weights is None else weights.expand(*key.shape[:2], -1)
+        self.weights = None if weights is None else weights.contiguous().expand(*key.shape[:2], -1)
         self.text: dict[str, torch.Tensor] = {}
         self.num_text, self.has_bias = 0, text_bias is not None
         if text_key is not None and text_value is not None:
@@ -70,7 +70,7 @@ class Call:
                 text_key.shape[2],
             )
             if text_bias is not None:
-                self.text["text_bias"] = (text_bias * LOG2_E).expand(*key.shape[:2], -1)
+                self.text["text_bias"] = (text_bias * LOG2_E).contiguous().expand(*key.shape[:2], -1)
         self.scale, self.feature_map = scale, feature_map
         # fp16 is multiplied in fp32, for its range: tf32 has all its digits.
         self.precision = "tf32" if key.dtype == torch.float16 else fp32_precision(key.device)
@@ -82,14 +82,13 @@ class Call:
         places = launch.programs * _processors(self.key.device)
         return launch, *share_tokens(self.key.shape[2], launch.tokens, others, places)
 
-    def state(
-        self, weights: torch.Tensor | None, counts: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Σ w φ(k) vᵀ and Σ w φ(k) c with the counts c (batch, heads, tokens), which are 1 where not given."""
+    def state(self, **given: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Σ w φ(k) vᵀ and Σ w φ(k) c; `given` weights w instead of the call's, and counts c, else 1.
+
+        Both (batch, heads, tokens).
+        """
         from diffusers_linattn.kernels.linear_attention_forward import state_kernel
 
-        if weights is not None:
-            weights = weights.expand(*self.key.shape[:2], -1)
         blocks = self.feature_blocks * self.column_blocks
         _, _, shares = self.plan("state_kernel", blocks)
         state, normalizer = (x.new_empty(shares, *x.shape) for x in empty_state(self.key, self.value))
@@ -98,10 +97,9 @@ class Call:
             blocks,
             key=self.key,
             value=self.value,
-            weights=weights,
-            counts=counts,
             state=state,
             normalizer=normalizer,
+            **given,
         )
         return (state[0], normalizer[0]) if shares == 1 else (state.sum(0), normalizer.sum(0))
 

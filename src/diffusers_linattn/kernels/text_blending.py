@@ -34,10 +34,10 @@ def blend_text(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(sums + Σ exp(s) v) / (counts + EPS + Σ exp(s)) over the text, s = scale q·k + bias; log2 of the divisor.
 
-    sums (B, H, G, V) and counts (B, H, G) are fp32. query (B, H, G, K), text_key (B, H, T, K) and text_value
-    (B, H, T, V) share one of the dtypes bf16, fp16 and fp32; beside text, K and V are at most `MAX_TEXT_DIM`.
-    text_bias is fp32 (B | 1, H | 1, T) without a gradient, or `None`. The first result is (B, H, G, V) in query's
-    dtype and in the memory order of (B, G, H, V), the second fp32 (B, H, G).
+    sums (B, H, G, V) and counts (B, H, G), not negative, are fp32. query (B, H, G, K), text_key (B, H, T, K) and
+    text_value (B, H, T, V) share one of the dtypes bf16, fp16 and fp32; beside text, K and V are at most
+    `MAX_TEXT_DIM`. text_bias is fp32 (B | 1, H | 1, T) without a gradient, or `None`. The first result is (B, H, G, V)
+    in query's dtype and in the memory order of (B, G, H, V), the second fp32 (B, H, G).
     """
     from diffusers_linattn.kernels.text_blending_passes import blend_kernel
 
@@ -74,6 +74,8 @@ def blend_text_backward(
     call = Call(query, grad, "none", text_key, text_value, text_bias, scale=scale)
     dsums, dcounts, minus_delta = empty_like(out, torch.float32), torch.empty_like(lse), torch.empty_like(lse)
     dquery = query.new_empty(0) if text_key is None else empty_like(query)
+    if not call.num_text:  # nothing writes it
+        dquery.zero_()
     call.launch(
         blend_gradients_kernel,
         1,

@@ -8,8 +8,6 @@ from __future__ import annotations
 import torch
 
 from diffusers_linattn.kernels.gated_attention import IN_KERNEL_FEATURES, gated_attention_triton
-from diffusers_linattn.kernels.launching import DTYPES
-from diffusers_linattn.kernels.linear_attention import MAX_TEXT_DIM
 from diffusers_linattn.kernels.scan_paths import DIRECTIONS, ORDERS, describe_path, scan_path
 from diffusers_linattn.kernels.text_blending import blend_text
 from diffusers_linattn.layout import TokenLayout
@@ -19,8 +17,8 @@ from diffusers_linattn.ops.features import FeatureMapArgument, full_precision, r
 from diffusers_linattn.ops.gated_choice import choose_impl, why_not_triton
 from diffusers_linattn.ops.gated_chunked import gated_scan
 from diffusers_linattn.ops.gated_fla import fla_scan, load_chunk_gla
-from diffusers_linattn.ops.linear import blend_with_text, text_for_kernels, with_text_queries
-from diffusers_linattn.ops.masks import reduce_to_key_mask, take
+from diffusers_linattn.ops.linear import blend_with_text, text_fits_kernels, text_for_kernels, with_text_queries
+from diffusers_linattn.ops.masks import KeyMask, reduce_to_key_mask, take
 
 
 IMPLEMENTATIONS = (None, "triton", "chunked", "fla", "reference")
@@ -149,7 +147,7 @@ def gated_linear_attention(
             sums, counts = _sum_over_grids(phi_q, phi_k, value, gate, layout, *settings)
             if counts is None:
                 grid = sums * (query.shape[-1] ** -0.5 if scale is None else scale)
-            elif impl != "chunked" and _blends_in_kernel(query, value, layout):
+            elif impl != "chunked" and _blends_in_kernel(query, value, layout, key_mask, feature_map):
                 factor = query.shape[-1] ** -0.5 if scale is None else scale
                 text = text_for_kernels(key, value, layout, key_mask)
                 grid = blend_text(sums, counts[..., 0], take(query, layout.grids), *text, factor)[0]
@@ -205,12 +203,23 @@ def _sum_over_grids(
             q = take(phi_q, [segment])
             sums[i] = sums[i] + q @ sum(states[:i] + states[i + 1 :])
             counts[i] = counts[i] + q @ sum(totals[:i] + totals[i + 1 :]) if normalize else counts[i]
+    if len(layout.grids) == 1:  # without the copy that cat makes
+        return sums[0], counts[0] if normalize else None
     return torch.cat(sums, 2), torch.cat(counts, 2) if normalize else None
 
 
-def _blends_in_kernel(query: torch.Tensor, value: torch.Tensor, layout: TokenLayout) -> bool:
-    fits = not layout.num_text or max(query.shape[-1], value.shape[-1]) <= MAX_TEXT_DIM
-    return fits and query.dtype in DTYPES
+def _blends_in_kernel(
+    query: torch.Tensor,
+    value: torch.Tensor,
+    layout: TokenLayout,
+    key_mask: KeyMask | None,
+    feature_map: FeatureMapArgument | None,
+) -> bool:
+    """Whether a kernel divides and adds the text: it has no gradient for a mask, and keeps logarithms of denominators,
+    which callables may make negative."""
+    if not isinstance(feature_map, str) or (key_mask is not None and key_mask.bias.requires_grad):
+        return False
+    return text_fits_kernels(query, value, layout) and why_not_triton(query, value, 1) is None
 
 
 def _check_gate(gate: torch.Tensor, phi_k: torch.Tensor, key_heads: int) -> torch.Tensor:

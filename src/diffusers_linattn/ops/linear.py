@@ -185,7 +185,12 @@ def _kernels_do_all(
 ) -> bool:
     """Whether the kernels take φ and attend to the text themselves, and so keep nothing but their inputs."""
     fused = isinstance(feature_map, str) and feature_map in FUSED_FEATURES
-    return fused and (not layout.num_text or max(query.shape[-1], value.shape[-1]) <= MAX_TEXT_DIM)
+    return fused and text_fits_kernels(query, value, layout)
+
+
+def text_fits_kernels(query: torch.Tensor, value: torch.Tensor, layout: TokenLayout) -> bool:
+    """Whether heads are narrow enough for kernels to attend to the text, if there is any."""
+    return not layout.num_text or max(query.shape[-1], value.shape[-1]) <= MAX_TEXT_DIM
 
 
 def text_for_kernels(
