@@ -142,7 +142,7 @@ def decayed_run(
     pointer,
     direction,
     slot,
-    chunks,
+    runs,
     run,
     channel,
     KEY_DIM: tl.constexpr,
@@ -150,9 +150,9 @@ def decayed_run(
 ):
     """Where the decayed queries or keys (S, channels) of a run lie, and which of the channels exist.
 
-    pointer (directions, heads of the launch, 2 * chunks, S, K): a run is half of a chunk.
+    pointer (directions, heads of the launch, runs, S, K): the same for halves of chunks as for whole ones.
     """
-    place = ((direction * tl.num_programs(2).to(tl.int64) + slot) * chunks * 2 + run) * SIZE
+    place = ((direction * tl.num_programs(2).to(tl.int64) + slot) * runs + run) * SIZE
     pointers = pointer + (place + tl.arange(0, SIZE))[:, None] * KEY_DIM + channel[None, :]
     return pointers, (channel < KEY_DIM)[None, :]
 
@@ -166,7 +166,7 @@ def load_decay(decays, slot, chunks, run, channel, KEY_DIM: tl.constexpr, SCALAR
 
 
 @triton.jit
-def _state_row(direction, slot, chunks, chunk, channel, KEY_DIM: tl.constexpr):
+def state_row(direction, slot, chunks, chunk, channel, KEY_DIM: tl.constexpr):
     """Rows (K,) of the state that leaves a chunk, and which of them exist: none outside of the path."""
     row = ((direction * tl.num_programs(2).to(tl.int64) + slot) * chunks + chunk) * KEY_DIM + channel
     return row, channel < tl.where((chunk >= 0) & (chunk < chunks), KEY_DIM, 0)
@@ -177,7 +177,7 @@ def load_state(
     states, direction, slot, chunks, chunk, channel, column, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr
 ):
     """The state (K, V) that leaves a chunk, of states (directions, heads of the launch, chunks, K, V)."""
-    row, exists = _state_row(direction, slot, chunks, chunk, channel, KEY_DIM)
+    row, exists = state_row(direction, slot, chunks, chunk, channel, KEY_DIM)
     pointers = states + row[:, None] * VALUE_DIM + column[None, :]
     return tl.load(pointers, mask=exists[:, None] & (column < VALUE_DIM)[None, :], other=0.0)
 
@@ -185,5 +185,5 @@ def load_state(
 @triton.jit
 def load_count(counts, direction, slot, chunks, chunk, channel, KEY_DIM: tl.constexpr):
     """What the state (K,) that leaves a chunk holds for a value of 1."""
-    row, exists = _state_row(direction, slot, chunks, chunk, channel, KEY_DIM)
+    row, exists = state_row(direction, slot, chunks, chunk, channel, KEY_DIM)
     return tl.load(counts + row, mask=exists, other=0.0)

@@ -21,6 +21,7 @@ from diffusers_linattn.kernels.gated_path import (
     load_state,
     load_tile,
     run_tokens,
+    state_row,
     store_tile,
 )
 
@@ -75,9 +76,9 @@ def states_kernel(
     v1 = load_tile(value, token1, valid1, column, stride_vn, VALUE_DIM).to(tl.float32)
     v0, v1 = as_operand(v0, dtype, PRECISION), as_operand(v1, dtype, PRECISION)
     for DIRECTION in tl.static_range(1 + BOTH):
-        pointers, exists = decayed_run(decayed, DIRECTION, slot, chunks, 2 * chunk, channel, KEY_DIM, HALF)
+        pointers, exists = decayed_run(decayed, DIRECTION, slot, 2 * chunks, 2 * chunk, channel, KEY_DIM, HALF)
         x0 = tl.load(pointers, mask=exists, other=0.0)
-        pointers, exists = decayed_run(decayed, DIRECTION, slot, chunks, 2 * chunk + 1, channel, KEY_DIM, HALF)
+        pointers, exists = decayed_run(decayed, DIRECTION, slot, 2 * chunks, 2 * chunk + 1, channel, KEY_DIM, HALF)
         x1 = tl.load(pointers, mask=exists, other=0.0)
         # Without both directions, states run right and their gradients left. What enters first passes the other half.
         LEFT = DIRECTION if BOTH else GRADIENT
@@ -88,9 +89,9 @@ def states_kernel(
         else:
             state = tl.dot(tl.trans(x0), v0, input_precision=PRECISION) * decay[:, None]
             state = tl.dot(tl.trans(x1), v1, state, input_precision=PRECISION)
-        row = ((DIRECTION * tl.num_programs(2).to(tl.int64) + slot) * chunks + chunk) * KEY_DIM + channel
+        row, exists = state_row(DIRECTION, slot, chunks, chunk, channel, KEY_DIM)
         pointers = states + row[:, None] * VALUE_DIM + column[None, :]
-        tl.store(pointers, state.to(dtype), mask=(channel < KEY_DIM)[:, None] & (column < VALUE_DIM)[None, :])
+        tl.store(pointers, state.to(dtype), mask=exists[:, None] & (column < VALUE_DIM)[None, :])
         if COUNTED:
             if tl.program_id(1) % value_blocks == 0:
                 counted0, counted1 = x0.to(tl.float32), x1.to(tl.float32)
@@ -101,7 +102,7 @@ def states_kernel(
                     count = tl.sum(counted0, 0) + tl.sum(counted1, 0) * decay
                 else:
                     count = tl.sum(counted0, 0) * decay + tl.sum(counted1, 0)
-                tl.store(counts + row, count, mask=channel < KEY_DIM)
+                tl.store(counts + row, count, mask=exists)
 
 
 @triton.jit(do_not_specialize=["chunks", "left"])
@@ -125,25 +126,22 @@ def scan_kernel(
     runs left.
     """
     column_blocks: tl.constexpr = (VALUE_DIM + BLOCK_V - 1) // BLOCK_V
-    GATE_DIM: tl.constexpr = 1 if SCALAR else KEY_DIM
     row = tl.program_id(0) // column_blocks * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0) % column_blocks * BLOCK_V + tl.arange(0, BLOCK_V)
-    element, gate = row[:, None] * VALUE_DIM + column[None, :], row * 0 if SCALAR else row
-    exists = row < KEY_DIM
-    there = exists[:, None] & (column < VALUE_DIM)[None, :]
+    element = row[:, None] * VALUE_DIM + column[None, :]
+    there = (row < KEY_DIM)[:, None] & (column < VALUE_DIM)[None, :]
     counting = row < tl.where(tl.program_id(0) % column_blocks == 0, KEY_DIM, 0)
     runs_left = tl.maximum(tl.program_id(2), left)
-    first_of_states = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * chunks
-    first_of_decays = tl.program_id(1).to(tl.int64) * chunks
+    slot = tl.program_id(1).to(tl.int64)
+    first_of_states = (tl.program_id(2) * tl.num_programs(1) + slot) * chunks
     state = tl.zeros([ROWS, BLOCK_V], dtype=tl.float32)
     count = tl.zeros([ROWS], dtype=tl.float32)
     # Stages load some chunks ahead: nothing else hides their latency.
     for step in tl.range(0, chunks, num_stages=8):
         chunk = step + runs_left * (chunks - 1 - 2 * step)
         place = first_of_states + chunk
-        decay0 = decays + (first_of_decays + chunk) * 2 * GATE_DIM
-        decay = tl.load(decay0 + gate, mask=exists, other=1.0)
-        decay *= tl.load(decay0 + GATE_DIM + gate, mask=exists, other=1.0)
+        decay = load_decay(decays, slot, chunks, 2 * chunk, row, KEY_DIM, SCALAR)
+        decay *= load_decay(decays, slot, chunks, 2 * chunk + 1, row, KEY_DIM, SCALAR)
         pointers = states + place * KEY_DIM * VALUE_DIM + element
         state = state * decay[:, None] + tl.load(pointers, mask=there, other=0.0).to(tl.float32)
         tl.store(pointers, as_operand(state, states.dtype.element_ty, PRECISION), mask=there)
@@ -213,9 +211,9 @@ def output_kernel(
             if BOTH or SIDE == GRADIENT:
                 entered = chunk + 2 * SIDE - 1
                 direction = SIDE if BOTH else 0
-                place = ((1 - SIDE if BOTH else 0) * tl.num_programs(2).to(tl.int64) + slot) * chunks + chunk
-                pointers = decayed + place * CHUNK * KEY_DIM + row * KEY_DIM + channel[None, :]
-                x = tl.load(pointers, mask=(channel < KEY_DIM)[None, :], other=0.0).to(tl.float32)
+                decayed_to = 1 - SIDE if BOTH else 0
+                pointers, exists = decayed_run(decayed, decayed_to, slot, chunks, chunk, channel, KEY_DIM, CHUNK)
+                x = tl.load(pointers, mask=exists, other=0.0).to(tl.float32)
                 # The half that lies farther from the border has the nearer one to pass.
                 decay = load_decay(decays, slot, chunks, 2 * chunk + SIDE, channel, KEY_DIM, SCALAR)
                 is_farther = row < CHUNK // 2 if SIDE else row >= CHUNK // 2

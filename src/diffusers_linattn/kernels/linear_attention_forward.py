@@ -198,19 +198,52 @@ def product_kernel(
             total += EPS
             peak = tl.zeros([BLOCK_M], dtype=tl.float32)
             if HAS_TEXT:
-                text, channel = tl.arange(0, BLOCK_T), tl.arange(0, WIDE_K)
+                channel = tl.arange(0, WIDE_K)
                 q = load_block(query, token0, stride_qn, valid, channel, FEATURES)
-                for text0 in range(0, num_text, BLOCK_T):
-                    there = text0 + text < num_text
-                    k = load_block(text_key, text0, stride_tkn, there, channel, FEATURES)
-                    v = load_block(text_value, text0, stride_tvn, there, column, COLUMNS)
-                    if HAS_BIAS:
-                        added = tl.load(text_bias + text0 + text, mask=there, other=float("-inf"))
-                    else:
-                        added = tl.where(there, 0.0, float("-inf"))
-                    acc, total, peak = attend(acc, total, peak, q, k, v, log2_scale, added, PRECISION, None, False)
+                acc, total, peak = add_text(
+                    acc, total, q, text_key, text_value, text_bias, stride_tkn, stride_tvn, channel, column,
+                    log2_scale, num_text, FEATURES, COLUMNS, BLOCK_T, HAS_BIAS, PRECISION,
+                )  # fmt: skip
             acc = acc * (1.0 / total)[:, None]
             tl.store(lse + token0 + token, peak + tl.log2(total), mask=valid & (token >= tl.program_id(0) * BLOCK_M))
         elif WEIGHTED:
             acc = acc * tl.load(weights + token0 + token, mask=valid, other=0.0)[:, None]
         store_block(out, token0, stride_on, acc, valid, column, COLUMNS)
+
+
+@triton.jit
+def add_text(
+    acc,
+    total,
+    q,
+    text_key,
+    text_value,
+    text_bias,
+    stride_tkn,
+    stride_tvn,
+    feature,
+    column,
+    log2_scale,
+    num_text,
+    FEATURES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Add the text to sums of values (M, columns) and of their weights (M,), in units of the null score's weight.
+
+    The last result is the peak of the scores, (M,), by which both are divided.
+    """
+    text = tl.arange(0, BLOCK_T)
+    peak = tl.zeros_like(total)
+    for text0 in range(0, num_text, BLOCK_T):
+        there = text0 + text < num_text
+        k = load_block(text_key, text0, stride_tkn, there, feature, FEATURES)
+        v = load_block(text_value, text0, stride_tvn, there, column, COLUMNS)
+        if HAS_BIAS:
+            added = tl.load(text_bias + text0 + text, mask=there, other=float("-inf"))
+        else:
+            added = tl.where(there, 0.0, float("-inf"))
+        acc, total, peak = attend(acc, total, peak, q, k, v, log2_scale, added, PRECISION, None, False)
+    return acc, total, peak

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 
 from diffusers_linattn.kernels.linear_attention_backward import add_text_to_query_gradient
+from diffusers_linattn.kernels.linear_attention_forward import add_text
 from diffusers_linattn.kernels.linear_blocks import EPS, load_block, store_block
-from diffusers_linattn.kernels.local_attention_forward import attend
 
 
 @triton.jit(do_not_specialize=["heads", "num_tokens", "num_text", "share"])
@@ -78,7 +78,7 @@ def blend_kernel(
 
     first = tl.program_id(1) * share
     last = tl.minimum(first + share, num_tokens)
-    token, text = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_T)
+    token = tl.arange(0, BLOCK_M)
     for token0 in range(first, last, BLOCK_M):
         valid = token0 + token < last
         acc = load_block(value, token0, stride_vn, valid, column, COLUMNS)
@@ -86,15 +86,10 @@ def blend_kernel(
         peak = tl.zeros([BLOCK_M], dtype=tl.float32)
         if HAS_TEXT:
             q = load_block(query, token0, stride_qn, valid, feature, FEATURES)
-            for text0 in range(0, num_text, BLOCK_T):
-                there = text0 + text < num_text
-                k = load_block(text_key, text0, stride_tkn, there, feature, FEATURES)
-                v = load_block(text_value, text0, stride_tvn, there, column, COLUMNS)
-                if HAS_BIAS:
-                    added = tl.load(text_bias + text0 + text, mask=there, other=float("-inf"))
-                else:
-                    added = tl.where(there, 0.0, float("-inf"))
-                acc, total, peak = attend(acc, total, peak, q, k, v, log2_scale, added, PRECISION, None, False)
+            acc, total, peak = add_text(
+                acc, total, q, text_key, text_value, text_bias, stride_tkn, stride_tvn, feature, column,
+                log2_scale, num_text, FEATURES, COLUMNS, BLOCK_T, HAS_BIAS, PRECISION,
+            )  # fmt: skip
         tl.store(lse + token0 + token, peak + tl.log2(total), mask=valid & (token >= tl.program_id(0) * BLOCK_M))
         store_block(out, token0, stride_on, acc * (1.0 / total)[:, None], valid, column, COLUMNS)
 

@@ -145,10 +145,10 @@ def gated_linear_attention(
                 phi_k = phi_k * key_mask.weights()
             settings = (impl, both, path, normalize, str(name) if fused else "none")
             sums, counts = _sum_over_grids(phi_q, phi_k, value, gate, layout, *settings)
+            factor = query.shape[-1] ** -0.5 if scale is None else scale
             if counts is None:
-                grid = sums * (query.shape[-1] ** -0.5 if scale is None else scale)
+                grid = sums * factor
             elif impl != "chunked" and _blends_in_kernel(query, value, layout, key_mask, feature_map):
-                factor = query.shape[-1] ** -0.5 if scale is None else scale
                 text = text_for_kernels(key, value, layout, key_mask)
                 grid = blend_text(sums, counts[..., 0], take(query, layout.grids), *text, factor)[0]
             else:
