@@ -201,12 +201,12 @@ def gradients_kernel(
         to_middle = tl.where(is_second, before, after)
         far = tl.load(grad_weights + (2 * half * HALF + 1 - half) * HALF + by_query)
         place, exists = decayed_run(
-            decayed_keys, (1 - half) * LEFT, slot, 2 * chunks, 2 * chunk + 1 - half, channel, KEY_DIM, HALF
+            decayed_keys, (1 - half) * LEFT, slot, chunks, 2 * chunk + 1 - half, channel, KEY_DIM, HALF
         )
         x = tl.dot(far, tl.load(place, mask=exists, other=0.0), input_precision=PRECISION) * to_middle * passed
         far = tl.load(grad_weights + (2 * (1 - half) * HALF + half) * HALF + by_key)
         place, exists = decayed_run(
-            decayed_queries, (1 - half) * LEFT, slot, 2 * chunks, 2 * chunk + 1 - half, channel, KEY_DIM, HALF
+            decayed_queries, (1 - half) * LEFT, slot, chunks, 2 * chunk + 1 - half, channel, KEY_DIM, HALF
         )
         y = tl.dot(far, tl.load(place, mask=exists, other=0.0), input_precision=PRECISION) * to_middle
         if not BOTH:  # the first half's queries do not see the second half's keys

@@ -142,7 +142,7 @@ def decayed_run(
     pointer,
     direction,
     slot,
-    runs,
+    chunks,
     run,
     channel,
     KEY_DIM: tl.constexpr,
@@ -150,9 +150,9 @@ def decayed_run(
 ):
     """Where the decayed queries or keys (S, channels) of a run lie, and which of the channels exist.
 
-    pointer (directions, heads of the launch, runs, S, K): the same for halves of chunks as for whole ones.
+    pointer (directions, heads of the launch, 2 * chunks, S, K): a run is half of a chunk.
     """
-    place = ((direction * tl.num_programs(2).to(tl.int64) + slot) * runs + run) * SIZE
+    place = ((direction * tl.num_programs(2).to(tl.int64) + slot) * chunks * 2 + run) * SIZE
     pointers = pointer + (place + tl.arange(0, SIZE))[:, None] * KEY_DIM + channel[None, :]
     return pointers, (channel < KEY_DIM)[None, :]
 

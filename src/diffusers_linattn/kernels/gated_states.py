@@ -76,9 +76,9 @@ def states_kernel(
     v1 = load_tile(value, token1, valid1, column, stride_vn, VALUE_DIM).to(tl.float32)
     v0, v1 = as_operand(v0, dtype, PRECISION), as_operand(v1, dtype, PRECISION)
     for DIRECTION in tl.static_range(1 + BOTH):
-        pointers, exists = decayed_run(decayed, DIRECTION, slot, 2 * chunks, 2 * chunk, channel, KEY_DIM, HALF)
+        pointers, exists = decayed_run(decayed, DIRECTION, slot, chunks, 2 * chunk, channel, KEY_DIM, HALF)
         x0 = tl.load(pointers, mask=exists, other=0.0)
-        pointers, exists = decayed_run(decayed, DIRECTION, slot, 2 * chunks, 2 * chunk + 1, channel, KEY_DIM, HALF)
+        pointers, exists = decayed_run(decayed, DIRECTION, slot, chunks, 2 * chunk + 1, channel, KEY_DIM, HALF)
         x1 = tl.load(pointers, mask=exists, other=0.0)
         # Without both directions, states run right and their gradients left. What enters first passes the other half.
         LEFT = DIRECTION if BOTH else GRADIENT
@@ -211,9 +211,9 @@ def output_kernel(
             if BOTH or SIDE == GRADIENT:
                 entered = chunk + 2 * SIDE - 1
                 direction = SIDE if BOTH else 0
-                decayed_to = 1 - SIDE if BOTH else 0
-                pointers, exists = decayed_run(decayed, decayed_to, slot, chunks, chunk, channel, KEY_DIM, CHUNK)
-                x = tl.load(pointers, mask=exists, other=0.0).to(tl.float32)
+                place = ((1 - SIDE if BOTH else 0) * tl.num_programs(2).to(tl.int64) + slot) * chunks + chunk
+                pointers = decayed + place * CHUNK * KEY_DIM + row * KEY_DIM + channel[None, :]
+                x = tl.load(pointers, mask=(channel < KEY_DIM)[None, :], other=0.0).to(tl.float32)
                 # The half that lies farther from the border has the nearer one to pass.
                 decay = load_decay(decays, slot, chunks, 2 * chunk + SIDE, channel, KEY_DIM, SCALAR)
                 is_farther = row < CHUNK // 2 if SIDE else row >= CHUNK // 2

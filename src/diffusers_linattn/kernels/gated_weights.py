@@ -171,7 +171,7 @@ def _add_pairs(
 def _store(decayed, direction, x, slot, chunks, run, channel, KEY_DIM: tl.constexpr, PRECISION: tl.constexpr):
     """Write decayed queries or keys (S, channels) of a run; as operand of products."""
     x = as_operand(x, decayed.dtype.element_ty, PRECISION)
-    pointers, exists = decayed_run(decayed, direction, slot, 2 * chunks, run, channel, KEY_DIM, x.shape[0])
+    pointers, exists = decayed_run(decayed, direction, slot, chunks, run, channel, KEY_DIM, x.shape[0])
     tl.store(pointers, x, mask=exists)
     return x
 
