@@ -9,13 +9,12 @@ Letters: B batch, H heads, L tokens of a grid, K features, V value columns, C to
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 
-from diffusers_linattn.kernels.launching import adjacent, empty_like, fp32_precision, strides_of
+from diffusers_linattn.kernels.launching import adjacent, empty_like, fp32_precision, run_kernel, strides_of
 from diffusers_linattn.kernels.scan_paths import describe_path
 
 
@@ -340,10 +339,7 @@ class _Heads:
         self._run(kernel, (self.call.chunks, blocks, self.number), *tensors, *strides, *settings, *flat)
 
     def _run(self, kernel: Any, grid: tuple[int, int, int], *arguments: Any) -> None:
-        device = self.call.query.device
-        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            # Triton 3.10 turns the fusion of products and sums off unless asked for.
-            kernel[grid](*arguments, num_warps=self.call.warps, num_stages=1, enable_fp_fusion=True)
+        run_kernel(kernel, grid, self.call.query.device, *arguments, num_warps=self.call.warps, num_stages=1)
 
 
 def _levels() -> int:

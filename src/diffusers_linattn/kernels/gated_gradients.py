@@ -29,6 +29,7 @@ from diffusers_linattn.kernels.gated_path import (
     store_tile,
     through_features,
 )
+from diffusers_linattn.kernels.head_offsets import head_offset
 
 
 @triton.jit(do_not_specialize=["heads", "first_head", "chunks", "length", "inner", "outer", "backward"])
@@ -59,8 +60,8 @@ def weight_gradients_kernel(
 ):
     """Gradients of the weights inside each chunk, (heads, chunks, C, C). Grid (chunks, 1, heads)."""
     chunk, slot, head = tl.program_id(0), tl.program_id(2).to(tl.int64), (first_head + tl.program_id(2)).to(tl.int64)
-    grad += head // heads * stride_ob + head % heads * stride_oh
-    value += head // heads * stride_vb + head % heads * stride_vh
+    grad += head_offset(head // heads, head % heads, stride_ob, stride_oh, VALUE_DIM)
+    value += head_offset(head // heads, head % heads, stride_vb, stride_vh, VALUE_DIM)
     dtype: tl.constexpr = grad_weights.dtype.element_ty
     token, valid = run_tokens(chunk, length, inner, outer, backward, CHUNK, COLUMNS)
     acc = tl.zeros([CHUNK, CHUNK], dtype=tl.float32)
@@ -148,17 +149,17 @@ def gradients_kernel(
     """
     chunk, slot, head = tl.program_id(0), tl.program_id(2).to(tl.int64), (first_head + tl.program_id(2)).to(tl.int64)
     channel = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    query += head // heads * stride_qb + head % heads * stride_qh
-    key += head // heads * stride_kb + head % heads * stride_kh
-    gate += head // heads * stride_gb + head % heads * stride_gh
-    value += head // heads * stride_vb + head % heads * stride_vh
-    grad += head // heads * stride_ob + head % heads * stride_oh
-    dquery += head // heads * stride_dqb + head % heads * stride_dqh
-    dkey += head // heads * stride_dkb + head % heads * stride_dkh
-    dgate += head // heads * stride_dgb + head % heads * stride_dgh
+    GATE_DIM: tl.constexpr = 1 if SCALAR else KEY_DIM
+    query += head_offset(head // heads, head % heads, stride_qb, stride_qh, KEY_DIM)
+    key += head_offset(head // heads, head % heads, stride_kb, stride_kh, KEY_DIM)
+    gate += head_offset(head // heads, head % heads, stride_gb, stride_gh, GATE_DIM)
+    value += head_offset(head // heads, head % heads, stride_vb, stride_vh, VALUE_DIM)
+    grad += head_offset(head // heads, head % heads, stride_ob, stride_oh, VALUE_DIM)
+    dquery += head_offset(head // heads, head % heads, stride_dqb, stride_dqh, KEY_DIM)
+    dkey += head_offset(head // heads, head % heads, stride_dkb, stride_dkh, KEY_DIM)
+    dgate += head_offset(head // heads, head % heads, stride_dgb, stride_dgh, GATE_DIM)
     grad_totals += head * length
     grad_weights += (slot * chunks + chunk) * 4 * HALF * HALF
-    GATE_DIM: tl.constexpr = 1 if SCALAR else KEY_DIM
     LEFT: tl.constexpr = 1 if BOTH else 0  # where what has decayed to the left lies among `decayed_queries`
     row, column = tl.arange(0, HALF)[:, None], tl.arange(0, HALF)[None, :]
     by_query, by_key = row * 2 * HALF + column, column * 2 * HALF + row

@@ -24,6 +24,7 @@ from diffusers_linattn.kernels.gated_path import (
     state_row,
     store_tile,
 )
+from diffusers_linattn.kernels.head_offsets import head_offset
 
 
 @triton.jit(do_not_specialize=["heads", "first_head", "chunks", "length", "inner", "outer", "backward"])
@@ -66,7 +67,7 @@ def states_kernel(
     value_blocks: tl.constexpr = (VALUE_DIM + BLOCK_V - 1) // BLOCK_V
     channel = tl.program_id(1) // value_blocks * BLOCK_K + tl.arange(0, BLOCK_K)
     column = tl.program_id(1) % value_blocks * BLOCK_V + tl.arange(0, BLOCK_V)
-    value += head // heads * stride_vb + head % heads * stride_vh
+    value += head_offset(head // heads, head % heads, stride_vb, stride_vh, VALUE_DIM)
     weight += head * length
 
     dtype: tl.constexpr = states.dtype.element_ty
@@ -195,8 +196,8 @@ def output_kernel(
     """
     chunk, slot, head = tl.program_id(0), tl.program_id(2).to(tl.int64), (first_head + tl.program_id(2)).to(tl.int64)
     column = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    value += head // heads * stride_vb + head % heads * stride_vh
-    out += head // heads * stride_ob + head % heads * stride_oh
+    value += head_offset(head // heads, head % heads, stride_vb, stride_vh, VALUE_DIM)
+    out += head_offset(head // heads, head % heads, stride_ob, stride_oh, VALUE_DIM)
 
     token, valid = run_tokens(chunk, length, inner, outer, backward, CHUNK, COLUMNS)
     dtype: tl.constexpr = states.dtype.element_ty

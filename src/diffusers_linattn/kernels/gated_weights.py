@@ -23,6 +23,7 @@ from diffusers_linattn.kernels.gated_path import (
     run_tokens,
     scalar_decays,
 )
+from diffusers_linattn.kernels.head_offsets import head_offset
 
 
 @triton.jit(do_not_specialize=["heads", "first_head", "chunks", "length", "inner", "outer", "backward"])
@@ -69,11 +70,11 @@ def weights_kernel(
     K | 1).
     """
     chunk, slot, head = tl.program_id(0), tl.program_id(2).to(tl.int64), (first_head + tl.program_id(2)).to(tl.int64)
-    query += head // heads * stride_qb + head % heads * stride_qh
-    key += head // heads * stride_kb + head % heads * stride_kh
-    gate += head // heads * stride_gb + head % heads * stride_gh
-    dtype: tl.constexpr = weights.dtype.element_ty
     GATE_DIM: tl.constexpr = 1 if SCALAR else KEY_DIM
+    query += head_offset(head // heads, head % heads, stride_qb, stride_qh, KEY_DIM)
+    key += head_offset(head // heads, head % heads, stride_kb, stride_kh, KEY_DIM)
+    gate += head_offset(head // heads, head % heads, stride_gb, stride_gh, GATE_DIM)
+    dtype: tl.constexpr = weights.dtype.element_ty
     LEFT: tl.constexpr = 1 if BOTH else 0  # where what has decayed to the left lies among `decayed_queries`
 
     token0, valid0 = run_tokens(2 * chunk, length, inner, outer, backward, HALF, COLUMNS)

@@ -1,17 +1,22 @@
-"""What the launches of all Triton kernels share: where they run, strides, and the precision of products."""
+"""What the launches of all Triton kernels share: where they run, the tensors they take, the precision of products."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import math
 import os
+from typing import Any
 
 import torch
 
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LOG2_E = math.log2(math.e)
+
+# Chips with 99 KB of shared memory per block: consumer cards. The others have 163 KB (sm_80) or 227 KB.
+SMALL_CHIPS = (86, 87, 89, 120, 121)
 
 
 @torch.compiler.assume_constant_result
@@ -53,8 +58,20 @@ def chip_of(device: torch.device) -> int:
 
 
 def adjacent(x: torch.Tensor) -> torch.Tensor:
-    """`x` with its channels side by side in memory; an expanded gradient, for example, is not."""
-    return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
+    """`x` with its channels side by side in memory, and vectors that begin multiples of 8 elements apart if 8 divides
+    their size; copied where it is not so. An expanded gradient, for example, is not."""
+    size = x.shape[3]
+    apart = [stride for stride, length in zip(x.stride()[:3], x.shape[:3], strict=True) if length > 1]
+    if (x.stride(3) == 1 or size == 1) and (size % 8 or all(stride % 8 == 0 for stride in apart)):
+        return x
+    return x.contiguous()
+
+
+def run_kernel(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **options: Any) -> None:
+    """Launch a kernel on the device of its tensors, whichever is the current one."""
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        # Triton 3.10 turns the fusion of products and sums off unless asked for.
+        kernel[grid](*arguments, **options, enable_fp_fusion=True)
 
 
 def strides_of(x: torch.Tensor) -> list[int]:

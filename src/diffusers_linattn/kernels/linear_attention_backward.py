@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from diffusers_linattn.kernels.head_offsets import head_offset
 from diffusers_linattn.kernels.linear_blocks import (
     features,
     load_block,
@@ -93,17 +94,17 @@ def feature_gradient_kernel(
     ALONE: tl.constexpr = FEATURES <= BLOCK_K and not HAS_TEXT
     feature = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     column = tl.arange(0, BLOCK_V)
-    query += batch * stride_qb + head * stride_qh
-    grad += batch * stride_gb + head * stride_gh
-    out += batch * stride_ob + head * stride_oh
-    dquery += batch * stride_db + head * stride_dh
+    query += head_offset(batch, head, stride_qb, stride_qh, FEATURES)
+    grad += head_offset(batch, head, stride_gb, stride_gh, COLUMNS)
+    out += head_offset(batch, head, stride_ob, stride_oh, COLUMNS)
+    dquery += head_offset(batch, head, stride_db, stride_dh, FEATURES)
     weights += batch * stride_wb + head * stride_wh
     numbers = tl.program_id(2).to(tl.int64) * num_tokens
     state += tl.program_id(2).to(tl.int64) * FEATURES * COLUMNS
     normalizer += tl.program_id(2).to(tl.int64) * FEATURES
     if HAS_TEXT:
-        text_key += batch * stride_tkb + head * stride_tkh
-        text_value += batch * stride_tvb + head * stride_tvh
+        text_key += head_offset(batch, head, stride_tkb, stride_tkh, FEATURES)
+        text_value += head_offset(batch, head, stride_tvb, stride_tvh, COLUMNS)
         text_bias += batch * stride_bb + head * stride_bh
     if COLUMN_BLOCKS == 1:  # the state stays where it is for all blocks of tokens
         whole = load_state(state, feature, column, FEATURES, COLUMNS, True)
@@ -247,11 +248,11 @@ def narrow_gradients_kernel(
     """
     batch, head = (tl.program_id(2) // heads).to(tl.int64), (tl.program_id(2) % heads).to(tl.int64)
     feature, column = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
-    key += batch * stride_kb + head * stride_kh
-    value += batch * stride_vb + head * stride_vh
+    key += head_offset(batch, head, stride_kb, stride_kh, FEATURES)
+    value += head_offset(batch, head, stride_vb, stride_vh, COLUMNS)
     weights += batch * stride_wb + head * stride_wh
-    dkey += batch * stride_dkb + head * stride_dkh
-    dvalue += batch * stride_dvb + head * stride_dvh
+    dkey += head_offset(batch, head, stride_dkb, stride_dkh, FEATURES)
+    dvalue += head_offset(batch, head, stride_dvb, stride_dvh, COLUMNS)
     state += tl.program_id(2).to(tl.int64) * FEATURES * COLUMNS
     normalizer += tl.program_id(2).to(tl.int64) * FEATURES
     whole = load_state(state, feature, column, FEATURES, COLUMNS, False)
@@ -322,11 +323,11 @@ def text_gradients_kernel(
     """
     batch, head = (tl.program_id(2) // heads).to(tl.int64), (tl.program_id(2) % heads).to(tl.int64)
     feature, column = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
-    query += batch * stride_qb + head * stride_qh
-    grad += batch * stride_gb + head * stride_gh
+    query += head_offset(batch, head, stride_qb, stride_qh, FEATURES)
+    grad += head_offset(batch, head, stride_gb, stride_gh, COLUMNS)
     numbers = tl.program_id(2).to(tl.int64) * num_tokens
-    text_key += batch * stride_tkb + head * stride_tkh
-    text_value += batch * stride_tvb + head * stride_tvh
+    text_key += head_offset(batch, head, stride_tkb, stride_tkh, FEATURES)
+    text_value += head_offset(batch, head, stride_tvb, stride_tvh, COLUMNS)
     text0 = tl.program_id(0) * BLOCK_T
     text = text0 + tl.arange(0, BLOCK_T)
     there = text < num_text

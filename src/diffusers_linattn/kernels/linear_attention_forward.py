@@ -12,6 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from diffusers_linattn.kernels.head_offsets import head_offset
 from diffusers_linattn.kernels.linear_blocks import (
     EPS,
     features,
@@ -65,8 +66,8 @@ def state_kernel(
     COLUMN_BLOCKS: tl.constexpr = (COLUMNS + BLOCK_V - 1) // BLOCK_V
     feature = tl.program_id(0) // COLUMN_BLOCKS * BLOCK_K + tl.arange(0, BLOCK_K)
     column = tl.program_id(0) % COLUMN_BLOCKS * BLOCK_V + tl.arange(0, BLOCK_V)
-    key += batch * stride_kb + head * stride_kh
-    value += batch * stride_vb + head * stride_vh
+    key += head_offset(batch, head, stride_kb, stride_kh, FEATURES)
+    value += head_offset(batch, head, stride_vb, stride_vh, COLUMNS)
     weights += batch * stride_wb + head * stride_wh
     counts += batch * stride_wb + head * stride_wh
 
@@ -159,15 +160,15 @@ def product_kernel(
     FEATURE_BLOCKS: tl.constexpr = (FEATURES + BLOCK_K - 1) // BLOCK_K
     feature = tl.arange(0, BLOCK_K)
     column = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
-    query += batch * stride_qb + head * stride_qh
-    out += batch * stride_ob + head * stride_oh
+    query += head_offset(batch, head, stride_qb, stride_qh, FEATURES)
+    out += head_offset(batch, head, stride_ob, stride_oh, COLUMNS)
     lse += tl.program_id(2).to(tl.int64) * num_tokens
     weights += batch * stride_wb + head * stride_wh
     state += tl.program_id(2).to(tl.int64) * FEATURES * COLUMNS
     normalizer += tl.program_id(2).to(tl.int64) * FEATURES
     if HAS_TEXT:
-        text_key += batch * stride_tkb + head * stride_tkh
-        text_value += batch * stride_tvb + head * stride_tvh
+        text_key += head_offset(batch, head, stride_tkb, stride_tkh, FEATURES)
+        text_value += head_offset(batch, head, stride_tvb, stride_tvh, COLUMNS)
         text_bias += batch * stride_bb + head * stride_bh
     if FEATURE_BLOCKS == 1:  # the state stays where it is for all blocks of queries
         whole = load_state(state, feature, column, FEATURES, COLUMNS, False)

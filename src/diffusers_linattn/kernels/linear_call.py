@@ -5,13 +5,12 @@ Letters: B batch, H heads, G tokens, K features per head, V value columns.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from typing import Any
 
 import torch
 
-from diffusers_linattn.kernels.launching import LOG2_E, adjacent, chip_of, fp32_precision
+from diffusers_linattn.kernels.launching import LOG2_E, adjacent, chip_of, fp32_precision, run_kernel
 from diffusers_linattn.kernels.linear_launches import Launch, block_of, choose_launch, share_tokens
 
 
@@ -164,12 +163,9 @@ class Call:
             else:
                 tensor = given.get(name)
                 arguments[name] = self.key if tensor is None else tensor  # where there is none it is not read
-        device = self.key.device
-        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            # Triton 3.10 turns the fusion of products and sums off unless asked for.
-            kernel[blocks, shares, batch * heads](
-                **arguments, num_warps=launch.warps, num_stages=launch.stages, enable_fp_fusion=True
-            )
+        grid = (blocks, shares, batch * heads)
+        options = {"num_warps": launch.warps, "num_stages": launch.stages}
+        run_kernel(kernel, grid, self.key.device, **arguments, **options)
 
     def _launch(self, kernel: str) -> Launch:
         chip = chip_of(self.key.device)

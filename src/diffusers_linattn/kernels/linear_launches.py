@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from diffusers_linattn.kernels.launching import SMALL_CHIPS
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -23,10 +25,6 @@ class Launch:
     warps: int
     stages: int
     programs: int = 2
-
-
-# Chips with 99 KB of shared memory per block: consumer cards. The others have 163 KB (sm_80) or 227 KB.
-_SMALL_CHIPS = (86, 87, 89, 120, 121)
 
 
 @functools.lru_cache(maxsize=256)
@@ -51,7 +49,7 @@ def choose_launch(kernel: str, dim: int, dtype: torch.dtype, chip: int, has_text
     # or as its state, needs the registers of 8.
     wide = 64 if has_text or kernel == "state_kernel" else 128
     warps = 4 if chip == 90 and dim <= wide else 8
-    if chip in _SMALL_CHIPS or dim > 128 or has_text:
+    if chip in SMALL_CHIPS or dim > 128 or has_text:
         return Launch(64, 64 if kernel == "text_gradients_kernel" else 32, summed, warps, 2)
     if chip != 90 or kernel == "state_kernel":
         return Launch(64, 64, summed, warps, 3)

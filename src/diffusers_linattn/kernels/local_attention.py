@@ -8,20 +8,30 @@ Letters: B batch, H heads, N tokens, D head_dim, P pooled tokens.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from diffusers_linattn.kernels.launching import LOG2_E, adjacent, chip_of, empty_like, fp32_precision, strides_of
-from diffusers_linattn.kernels.tile_configurations import Tiles, block_dim, choose_configuration, plan
+from diffusers_linattn.kernels.launching import (
+    LOG2_E,
+    adjacent,
+    chip_of,
+    empty_like,
+    fp32_precision,
+    run_kernel,
+    strides_of,
+)
+from diffusers_linattn.kernels.tile_configurations import MOST_FRAMES, Tiles, block_dim, choose_configuration, plan
 from diffusers_linattn.kernels.tile_lists import TileLists
 from diffusers_linattn.layout import TokenLayout
 
 
 MAX_HEAD_DIM = 256
+
+# The tables of a first call outlive it. In CUDA graphs that torch.compile makes, nothing may: it leaves these out.
+_TAGS: dict[str, Any] = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
 
 _INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor pooled_key, Tensor pooled_value, Tensor? mask, "
@@ -30,7 +40,7 @@ _INPUTS = (
 
 
 @torch.library.custom_op(
-    "diffusers_linattn::local_attention_triton", mutates_args=(), schema=f"({_INPUTS}) -> (Tensor, Tensor)"
+    "diffusers_linattn::local_attention_triton", mutates_args=(), schema=f"({_INPUTS}) -> (Tensor, Tensor)", **_TAGS
 )
 def local_attention_triton(
     query: torch.Tensor,
@@ -59,12 +69,11 @@ def local_attention_triton(
     lists, queries, keys = plan(*call.window, tiles)
     _launch(
         forward_kernel,
-        lists,
-        (query.shape[0] * query.shape[1],),
+        (len(lists.items) * query.shape[0] * query.shape[1],),
         tiles,
         [*call.tensors, call.bias, out, lse, *_tables(lists, query.device)],
         [*call.strides, *strides_of(out)],
-        [scale * LOG2_E, *call.sizes, len(lists.visited)],
+        [scale * LOG2_E, *call.sizes, len(lists.visited), lists.text_items, len(lists.items)],
         [*call.dims, *queries, *keys, lists.isotropic, queries[0] * keys[0] > 1 and temporal_window is not None],
         [mask is not None, call.num_pooled > 0, call.precision],
     )
@@ -81,6 +90,7 @@ def _(query: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
     mutates_args=(),
     schema=f"(Tensor grad, Tensor grad_lse, Tensor out, Tensor lse, {_INPUTS}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    **_TAGS,
 )
 def local_attention_triton_backward(
     grad: torch.Tensor,
@@ -109,12 +119,11 @@ def local_attention_triton_backward(
     lists, queries, keys = plan(*call.window, tiles)
     _launch(
         query_gradient_kernel,
-        lists,
-        (query.shape[0] * query.shape[1],),
+        (len(lists.items) * query.shape[0] * query.shape[1],),
         tiles,
         [*call.tensors, call.bias, out, grad, lse, delta, dquery, *_tables(lists, query.device)],
         [*call.strides, *strides_of(out), *strides_of(grad), *strides_of(dquery)],
-        [scale, scale * LOG2_E, *call.sizes, len(lists.visited)],
+        [scale, scale * LOG2_E, *call.sizes, len(lists.visited), lists.text_items, len(lists.items)],
         [*call.dims, *queries, *keys, lists.isotropic, queries[0] * keys[0] > 1 and temporal_window is not None],
         [mask is not None, call.num_pooled > 0, call.precision],
     )
@@ -173,6 +182,7 @@ class _Call:
     ) -> None:
         self.tensors = [adjacent(x) for x in (query, key, value, pooled_key, pooled_value)]
         self.window = (TokenLayout.decode(layout), window, temporal_window)
+        _check_reach(self.window[0], max(x.stride(2) for x in self.tensors))
         self.scale, self.num_pooled = scale, pooled_key.shape[2]
         self.bias, bias_strides = query, [0, 0]  # not read without a mask
         if mask is not None:
@@ -213,8 +223,7 @@ class _Call:
         strides = [*strides_of(query), *strides_of(key), *strides_of(value), *bias_strides]
         _launch(
             key_gradients_kernel,
-            lists,
-            (heads, batch),
+            (len(lists.items), heads, batch),
             tiles,
             [*inputs, *_tables(lists, query.device)],
             [*strides, *strides_of(grad), *strides_of(dkey), *strides_of(dvalue)],
@@ -229,6 +238,16 @@ class _Call:
         return dkey, dvalue
 
 
+def _check_reach(layout: TokenLayout, stride: int) -> None:
+    """Kernels count the elements between the vectors of one tile, which may span several frames, in 32 bits."""
+    for frames, rows, columns in (segment.grid for segment in layout.grids if segment.grid):
+        if (min(frames, MOST_FRAMES) - 1) * rows * columns * stride >= 2**31:
+            raise ValueError(
+                f"Got frames of {rows} x {columns} tokens, each {stride} elements from the next: over {MOST_FRAMES} "
+                "frames that is more than impl='triton' can address. Use impl='tiled'."
+            )
+
+
 def _add_parts(target: torch.Tensor, partial: torch.Tensor, parts: int, text: Sequence[tuple[int, int]]) -> None:
     """Add the partial results (B, H, slots, tile, block) of each tile and write them to the segments seen by all."""
     sums = partial.unflatten(2, (-1, parts)).sum(3)[..., : target.shape[3]]
@@ -239,14 +258,10 @@ def _add_parts(target: torch.Tensor, partial: torch.Tensor, parts: int, text: Se
         first += tiles
 
 
-def _launch(kernel: Any, lists: TileLists, heads: tuple[int, ...], tiles: Tiles, *arguments: list[Any]) -> None:
-    if not len(lists.items) or 0 in heads:
-        return
-    grid, flat = (len(lists.items), *heads), [x for group in arguments for x in group]
-    device = flat[0].device
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        # Triton 3.10 turns the fusion of products and sums off unless asked for.
-        kernel[grid](*flat, num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=True)
+def _launch(kernel: Any, grid: tuple[int, ...], tiles: Tiles, *arguments: list[Any]) -> None:
+    if 0 not in grid:
+        flat = [x for group in arguments for x in group]
+        run_kernel(kernel, grid, flat[0].device, *flat, num_warps=tiles.warps, num_stages=tiles.stages)
 
 
 @functools.lru_cache(maxsize=64)
@@ -258,5 +273,5 @@ def log2_bias(mask: torch.Tensor) -> torch.Tensor:
     """A boolean or additive mask of keys, (B | 1, H | 1, 1, N), as fp32 (B | 1, H | 1, N) in units of log 2."""
     mask = mask[:, :, 0]
     if mask.dtype != torch.bool:
-        return mask.float() * LOG2_E
+        return (mask.float() * LOG2_E).contiguous()  # kernels step from key to key by 1
     return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, float("-inf"))

@@ -11,8 +11,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from diffusers_linattn.kernels.head_offsets import head_offset
 from diffusers_linattn.kernels.tile_addressing import (
     in_window,
+    item_and_head,
     key_position,
     load_place,
     load_rows,
@@ -116,7 +118,18 @@ def _attend_tiles(
     return acc, total, peak
 
 
-@triton.jit(do_not_specialize=["heads", "groups", "pooled_groups", "num_tokens", "num_pooled", "num_segments"])
+@triton.jit(
+    do_not_specialize=[
+        "heads",
+        "groups",
+        "pooled_groups",
+        "num_tokens",
+        "num_pooled",
+        "num_segments",
+        "text_items",
+        "num_items",
+    ]
+)
 def forward_kernel(
     query,
     key,
@@ -159,6 +172,8 @@ def forward_kernel(
     num_tokens,
     num_pooled,
     num_segments,
+    text_items,
+    num_items,
     HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     QUERY_FRAMES: tl.constexpr,
@@ -173,23 +188,26 @@ def forward_kernel(
     HAS_POOLED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid (items, batch * heads). Writes out (batch, heads, tokens, head_dim) and the log2-sum-exp2 of the scores.
+    """Grid (items * batch * heads), see `item_and_head`.
+
+    Writes out (batch, heads, tokens, head_dim) and the log2-sum-exp2 of the scores.
 
     `scale` is that of the scores times log2(e), as is `bias`, fp32 (batch, heads, tokens). A query that sees nothing
     gets 0 and +inf.
     """
     BLOCK_M: tl.constexpr = QUERY_FRAMES * QUERY_ROWS * QUERY_COLUMNS
     BLOCK_N: tl.constexpr = KEY_FRAMES * KEY_ROWS * KEY_COLUMNS
-    batch, head = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
-    query += batch * stride_qb + head * stride_qh
-    key += batch * stride_kb + head // groups * stride_kh
-    value += batch * stride_vb + head // groups * stride_vh
+    item, head_of_all = item_and_head(text_items, num_items)
+    batch, head = (head_of_all // heads).to(tl.int64), (head_of_all % heads).to(tl.int64)
+    query += head_offset(batch, head, stride_qb, stride_qh, HEAD_DIM)
+    key += head_offset(batch, head // groups, stride_kb, stride_kh, HEAD_DIM)
+    value += head_offset(batch, head // groups, stride_vb, stride_vh, HEAD_DIM)
     if HAS_BIAS:
         bias += batch * stride_bb + head * stride_bh
 
-    segment, first_run, last_run, is_grid = load_runs(items, tl.program_id(0))
+    segment, first_run, last_run, is_grid = load_runs(items, item)
     token0, token, valid, frame, row, column = own_tile(
-        items, tl.program_id(0), query_segments, QUERY_FRAMES, QUERY_ROWS, QUERY_COLUMNS
+        items, item, query_segments, QUERY_FRAMES, QUERY_ROWS, QUERY_COLUMNS
     )
     dim = tl.arange(0, BLOCK_DIM)
     q = load_rows(query + token0 * stride_qn + token[:, None] * stride_qn + dim[None, :], valid, HEAD_DIM, BLOCK_DIM)
@@ -237,8 +255,8 @@ def forward_kernel(
             )
 
     if HAS_POOLED:
-        pooled_key += batch * stride_pkb + head // pooled_groups * stride_pkh
-        pooled_value += batch * stride_pvb + head // pooled_groups * stride_pvh
+        pooled_key += head_offset(batch, head // pooled_groups, stride_pkb, stride_pkh, HEAD_DIM)
+        pooled_value += head_offset(batch, head // pooled_groups, stride_pvb, stride_pvh, HEAD_DIM)
         cell = tl.arange(0, BLOCK_N)
         for i in range(0, tl.cdiv(num_pooled, BLOCK_N) * is_grid):
             there = i * BLOCK_N + cell < num_pooled
@@ -252,10 +270,8 @@ def forward_kernel(
     sees = total > 0
     total = tl.where(sees, total, 1.0)
     acc = acc / total[:, None]
-    token0, token, valid, _, _, _ = own_tile(
-        items, tl.program_id(0), query_segments, QUERY_FRAMES, QUERY_ROWS, QUERY_COLUMNS
-    )
-    out += batch * stride_ob + head * stride_oh + token0 * stride_on
+    token0, token, valid, _, _, _ = own_tile(items, item, query_segments, QUERY_FRAMES, QUERY_ROWS, QUERY_COLUMNS)
+    out += head_offset(batch, head, stride_ob, stride_oh, HEAD_DIM) + token0 * stride_on
     store_rows(out + token[:, None] * stride_on + dim[None, :], acc, valid, HEAD_DIM, BLOCK_DIM)
-    lse += tl.program_id(1).to(tl.int64) * num_tokens + token0
+    lse += head_of_all.to(tl.int64) * num_tokens + token0
     tl.store(lse + token, tl.where(sees, peak + tl.log2(total), float("inf")), mask=valid)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from diffusers_linattn.kernels.head_offsets import head_offset
 from diffusers_linattn.kernels.tile_addressing import (
     in_window,
     key_position,
@@ -180,16 +181,14 @@ def key_gradients_kernel(
         items, tl.program_id(0), key_segments, KEY_FRAMES, KEY_ROWS, KEY_COLUMNS
     )
     dim = tl.arange(0, BLOCK_DIM)
-    key += batch * stride_kb + head * stride_kh + token0 * stride_kn
-    value += batch * stride_vb + head * stride_vh + token0 * stride_vn
+    key += head_offset(batch, head, stride_kb, stride_kh, HEAD_DIM) + token0 * stride_kn
+    value += head_offset(batch, head, stride_vb, stride_vh, HEAD_DIM) + token0 * stride_vn
     k = load_rows(key + token[:, None] * stride_kn + dim[None, :], valid, HEAD_DIM, BLOCK_DIM)
     v = load_rows(value + token[:, None] * stride_vn + dim[None, :], valid, HEAD_DIM, BLOCK_DIM)
 
     dk = tl.zeros([BLOCK_N, BLOCK_DIM], dtype=tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DIM], dtype=tl.float32)
     first_head = head * groups
-    query += batch * stride_qb + first_head * stride_qh
-    dout += batch * stride_gb + first_head * stride_gh
     numbers = (batch * heads * groups + first_head) * num_tokens
     lse += numbers
     delta += numbers
@@ -219,8 +218,8 @@ def key_gradients_kernel(
                     key_position(column, tl.load(pair + 4)),
                     cut if CUT else first,
                     last if CUT else cut,
-                    query + group * stride_qh,
-                    dout + group * stride_gh,
+                    query + head_offset(batch, first_head + group, stride_qb, stride_qh, HEAD_DIM),
+                    dout + head_offset(batch, first_head + group, stride_gb, stride_gh, HEAD_DIM),
                     lse + group * num_tokens,
                     delta + group * num_tokens,
                     places,
@@ -252,7 +251,7 @@ def key_gradients_kernel(
         second = (tl.num_programs(2) * heads).to(tl.int64) * slots * BLOCK_N * BLOCK_DIM
         tl.store(partial + second + place + offsets, dv)
     else:
-        dkey += batch * stride_dkb + head * stride_dkh + token0 * stride_dkn
-        dvalue += batch * stride_dvb + head * stride_dvh + token0 * stride_dvn
+        dkey += head_offset(batch, head, stride_dkb, stride_dkh, HEAD_DIM) + token0 * stride_dkn
+        dvalue += head_offset(batch, head, stride_dvb, stride_dvh, HEAD_DIM) + token0 * stride_dvn
         store_rows(dkey + token[:, None] * stride_dkn + dim[None, :], dk * scale, valid, HEAD_DIM, BLOCK_DIM)
         store_rows(dvalue + token[:, None] * stride_dvn + dim[None, :], dv, valid, HEAD_DIM, BLOCK_DIM)

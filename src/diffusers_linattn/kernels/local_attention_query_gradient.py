@@ -9,8 +9,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from diffusers_linattn.kernels.head_offsets import head_offset
 from diffusers_linattn.kernels.tile_addressing import (
     in_window,
+    item_and_head,
     key_position,
     load_place,
     load_rows,
@@ -109,7 +111,18 @@ def _query_tiles(
     return dq
 
 
-@triton.jit(do_not_specialize=["heads", "groups", "pooled_groups", "num_tokens", "num_pooled", "num_segments"])
+@triton.jit(
+    do_not_specialize=[
+        "heads",
+        "groups",
+        "pooled_groups",
+        "num_tokens",
+        "num_pooled",
+        "num_segments",
+        "text_items",
+        "num_items",
+    ]
+)
 def query_gradient_kernel(
     query,
     key,
@@ -162,6 +175,8 @@ def query_gradient_kernel(
     num_tokens,
     num_pooled,
     num_segments,
+    text_items,
+    num_items,
     HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     QUERY_FRAMES: tl.constexpr,
@@ -176,23 +191,27 @@ def query_gradient_kernel(
     HAS_POOLED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid (items, batch * heads). Writes dquery, and adds each output's inner product with its gradient to delta."""
+    """Grid (items * batch * heads), see `item_and_head`.
+
+    Writes dquery, and adds each output's inner product with its gradient to delta.
+    """
     BLOCK_N: tl.constexpr = KEY_FRAMES * KEY_ROWS * KEY_COLUMNS
-    batch, head = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
-    key += batch * stride_kb + head // groups * stride_kh
-    value += batch * stride_vb + head // groups * stride_vh
+    item, head_of_all = item_and_head(text_items, num_items)
+    batch, head = (head_of_all // heads).to(tl.int64), (head_of_all % heads).to(tl.int64)
+    key += head_offset(batch, head // groups, stride_kb, stride_kh, HEAD_DIM)
+    value += head_offset(batch, head // groups, stride_vb, stride_vh, HEAD_DIM)
     if HAS_BIAS:
         bias += batch * stride_bb + head * stride_bh
 
-    segment, first_run, last_run, is_grid = load_runs(items, tl.program_id(0))
+    segment, first_run, last_run, is_grid = load_runs(items, item)
     token0, token, valid, frame, row, column = own_tile(
-        items, tl.program_id(0), query_segments, QUERY_FRAMES, QUERY_ROWS, QUERY_COLUMNS
+        items, item, query_segments, QUERY_FRAMES, QUERY_ROWS, QUERY_COLUMNS
     )
     dim = tl.arange(0, BLOCK_DIM)
-    query += batch * stride_qb + head * stride_qh + token0 * stride_qn
-    out += batch * stride_ob + head * stride_oh + token0 * stride_on
-    dout += batch * stride_gb + head * stride_gh + token0 * stride_gn
-    numbers = tl.program_id(1).to(tl.int64) * num_tokens + token0
+    query += head_offset(batch, head, stride_qb, stride_qh, HEAD_DIM) + token0 * stride_qn
+    out += head_offset(batch, head, stride_ob, stride_oh, HEAD_DIM) + token0 * stride_on
+    dout += head_offset(batch, head, stride_gb, stride_gh, HEAD_DIM) + token0 * stride_gn
+    numbers = head_of_all.to(tl.int64) * num_tokens + token0
     q = load_rows(query + token[:, None] * stride_qn + dim[None, :], valid, HEAD_DIM, BLOCK_DIM)
     o = load_rows(out + token[:, None] * stride_on + dim[None, :], valid, HEAD_DIM, BLOCK_DIM)
     g = load_rows(dout + token[:, None] * stride_gn + dim[None, :], valid, HEAD_DIM, BLOCK_DIM)
@@ -243,8 +262,8 @@ def query_gradient_kernel(
             )
 
     if HAS_POOLED:
-        pooled_key += batch * stride_pkb + head // pooled_groups * stride_pkh
-        pooled_value += batch * stride_pvb + head // pooled_groups * stride_pvh
+        pooled_key += head_offset(batch, head // pooled_groups, stride_pkb, stride_pkh, HEAD_DIM)
+        pooled_value += head_offset(batch, head // pooled_groups, stride_pvb, stride_pvh, HEAD_DIM)
         cell = tl.arange(0, BLOCK_N)
         for i in range(0, tl.cdiv(num_pooled, BLOCK_N) * is_grid):
             there = i * BLOCK_N + cell < num_pooled
@@ -255,8 +274,6 @@ def query_gradient_kernel(
             added = tl.where(there, 0.0, float("-inf"))
             dq = _query_step(dq, q, g, k, v, sums, products, log2_scale, added, None, False, PRECISION)
 
-    token0, token, valid, _, _, _ = own_tile(
-        items, tl.program_id(0), query_segments, QUERY_FRAMES, QUERY_ROWS, QUERY_COLUMNS
-    )
-    dquery += batch * stride_db + head * stride_dh + token0 * stride_dn
+    token0, token, valid, _, _, _ = own_tile(items, item, query_segments, QUERY_FRAMES, QUERY_ROWS, QUERY_COLUMNS)
+    dquery += head_offset(batch, head, stride_db, stride_dh, HEAD_DIM) + token0 * stride_dn
     store_rows(dquery + token[:, None] * stride_dn + dim[None, :], dq * scale, valid, HEAD_DIM, BLOCK_DIM)

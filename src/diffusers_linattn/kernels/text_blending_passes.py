@@ -12,6 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from diffusers_linattn.kernels.head_offsets import head_offset
 from diffusers_linattn.kernels.linear_attention_backward import add_text_to_query_gradient
 from diffusers_linattn.kernels.linear_attention_forward import add_text
 from diffusers_linattn.kernels.linear_blocks import EPS, load_block, store_block
@@ -66,14 +67,14 @@ def blend_kernel(
     """
     batch, head = (tl.program_id(2) // heads).to(tl.int64), (tl.program_id(2) % heads).to(tl.int64)
     column, feature = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_K)
-    query += batch * stride_qb + head * stride_qh
-    value += batch * stride_vb + head * stride_vh
-    out += batch * stride_ob + head * stride_oh
+    query += head_offset(batch, head, stride_qb, stride_qh, FEATURES)
+    value += head_offset(batch, head, stride_vb, stride_vh, COLUMNS)
+    out += head_offset(batch, head, stride_ob, stride_oh, COLUMNS)
     counts += tl.program_id(2).to(tl.int64) * num_tokens
     lse += tl.program_id(2).to(tl.int64) * num_tokens
     if HAS_TEXT:
-        text_key += batch * stride_tkb + head * stride_tkh
-        text_value += batch * stride_tvb + head * stride_tvh
+        text_key += head_offset(batch, head, stride_tkb, stride_tkh, FEATURES)
+        text_value += head_offset(batch, head, stride_tvb, stride_tvh, COLUMNS)
         text_bias += batch * stride_bb + head * stride_bh
 
     first = tl.program_id(1) * share
@@ -152,15 +153,15 @@ def blend_gradients_kernel(
     """
     batch, head = (tl.program_id(2) // heads).to(tl.int64), (tl.program_id(2) % heads).to(tl.int64)
     feature = tl.arange(0, BLOCK_K)
-    query += batch * stride_qb + head * stride_qh
-    grad += batch * stride_gb + head * stride_gh
-    out += batch * stride_ob + head * stride_oh
-    dquery += batch * stride_db + head * stride_dh
-    dsums += batch * stride_sb + head * stride_sh
+    query += head_offset(batch, head, stride_qb, stride_qh, FEATURES)
+    grad += head_offset(batch, head, stride_gb, stride_gh, COLUMNS)
+    out += head_offset(batch, head, stride_ob, stride_oh, COLUMNS)
+    dquery += head_offset(batch, head, stride_db, stride_dh, FEATURES)
+    dsums += head_offset(batch, head, stride_sb, stride_sh, COLUMNS)
     numbers = tl.program_id(2).to(tl.int64) * num_tokens
     if HAS_TEXT:
-        text_key += batch * stride_tkb + head * stride_tkh
-        text_value += batch * stride_tvb + head * stride_tvh
+        text_key += head_offset(batch, head, stride_tkb, stride_tkh, FEATURES)
+        text_value += head_offset(batch, head, stride_tvb, stride_tvh, COLUMNS)
         text_bias += batch * stride_bb + head * stride_bh
 
     first = tl.program_id(1) * share

@@ -30,6 +30,21 @@ def load_segment(segments, index):
 
 
 @triton.jit
+def item_and_head(text_items, num_items):
+    """Item and head, of all samples, of a program in a grid of all of them.
+
+    Programs start in the order of their numbers: first those of segments that see everything, of all heads, since each
+    takes as long as many others and would be waited for at the end; then the grids' head by head, whose neighbours
+    read the same keys.
+    """
+    heads, grid_items = tl.num_programs(0) // num_items, tl.maximum(num_items - text_items, 1)
+    in_text = tl.program_id(0)
+    in_grids = in_text - text_items * heads
+    item = tl.where(in_grids < 0, in_text // heads, text_items + in_grids % grid_items)
+    return item, tl.where(in_grids < 0, in_text % heads, in_grids // grid_items)
+
+
+@triton.jit
 def load_runs(items, index):
     """Segment, first run, last run + 1 and whether the item lies in a grid."""
     item = items + 8 * index

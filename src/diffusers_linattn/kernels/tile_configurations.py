@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from diffusers_linattn.kernels.launching import SMALL_CHIPS
 from diffusers_linattn.kernels.tile_lists import Shape, TileLists, list_tiles
 from diffusers_linattn.layout import TokenLayout
 
@@ -42,9 +43,7 @@ FAMILIES: dict[str, dict[int, Shape]] = {
     "video": {128: (2, 8, 8), 64: (2, 4, 8), 32: (2, 4, 4), 16: (2, 2, 4)},
     "long video": {128: (4, 4, 8), 64: (4, 4, 4), 32: (4, 2, 4), 16: (4, 2, 2)},
 }
-
-# Chips with 99 KB of shared memory per block: consumer cards. The others have 163 KB (sm_80) or 227 KB.
-_SMALL_CHIPS = (86, 87, 89, 120, 121)
+MOST_FRAMES = max(frames for family in FAMILIES.values() for frames, _, _ in family.values())
 
 
 @functools.lru_cache(maxsize=64)
@@ -62,7 +61,7 @@ def choose_configuration(head_dim: int, dtype: torch.dtype, chip: int) -> Config
     if dtype == torch.float32:
         if block <= 64:
             return Configuration(Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 2), Tiles(32, 32, 8, 2))
-        if block == 128 and chip not in _SMALL_CHIPS:
+        if block == 128 and chip not in SMALL_CHIPS:
             return Configuration(Tiles(32, 32, 8, 2), Tiles(32, 32, 8, 2), Tiles(32, 32, 8, 2))
         return Configuration(Tiles(32, 16, 8, 1), Tiles(16, 16, 8, 1), Tiles(32, 16, 8, 1))
     if block <= 64:
@@ -71,12 +70,12 @@ def choose_configuration(head_dim: int, dtype: torch.dtype, chip: int) -> Config
     if block == 128:
         if chip == 90:
             return Configuration(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 2))
-        if chip in _SMALL_CHIPS:
+        if chip in SMALL_CHIPS:
             return Configuration(Tiles(128, 32, 8, 2), Tiles(128, 32, 8, 2), Tiles(64, 32, 8, 2))
         if chip >= 100:
             return Configuration(Tiles(128, 32, 8, 3), Tiles(64, 64, 8, 2), Tiles(64, 32, 8, 2))
         return Configuration(Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 2), Tiles(64, 32, 8, 2))
-    if chip in _SMALL_CHIPS:
+    if chip in SMALL_CHIPS:
         return Configuration(Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1))
     return Configuration(Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 2), Tiles(32, 32, 8, 2))
 

@@ -41,6 +41,7 @@ class TileLists:
         owners: int32 (segments, 6): of the items' side: start, stop, tokens per frame, per row, rows, columns.
         visited: The same of the side that is visited.
         pairs: fp32 (owner segments * visited segments, 8): how positions are compared, see `_pair_row`.
+        text_items: How many items are of segments seen by all; these come first.
         isotropic: Whether every pair of grids is scaled alike along both axes.
         slots: How many partial results there are, all of the segments without a grid.
         parts: How many of them belong to one tile.
@@ -53,6 +54,7 @@ class TileLists:
     owners: torch.Tensor
     visited: torch.Tensor
     pairs: torch.Tensor
+    text_items: int
     isotropic: bool
     slots: int
     parts: int
@@ -98,7 +100,6 @@ def list_tiles(
         owners = visited = segments
     runs = _Runs(visited, other)
     items, slots, parts = [], 0, 0
-    # Segments seen by all come first: theirs are the longest programs.
     for index, segment in enumerate(owners):
         if segment.grid is None:
             whole = [(i, *runs.whole(i)) for i in range(len(visited))]
@@ -140,6 +141,7 @@ def list_tiles(
         torch.tensor([_segment_row(segment, owner) for segment in owners], dtype=torch.int32),
         torch.tensor([_segment_row(segment, other) for segment in visited], dtype=torch.int32),
         torch.tensor(rows, dtype=torch.float32),
+        sum(not is_grid for *_, is_grid in items),
         all(row[1] == row[4] for row in rows),
         slots,
         parts,
