@@ -5,11 +5,11 @@
     python benchmarks/gpu_dit.py --smoke                                # runs every line on a CPU, tiny
 
 In one run: softmax of the whole matrix between two products ("unfused", what both papers compare with), softmax by
-scaled_dot_product_attention, and ours, in LiT's form (2 heads for DiT-S) and DiG's ("gated, one way" is the paper's,
-"gated" scans both ways). Training is forward, backward and AdamW on fp32 weights under bf16 autocast, one picture;
-inference a forward pass with bf16 weights and two, as guidance has; on a CPU all is fp32. Ours is compared with the
-reference, output and gradients, before it is timed. Then one layer by the number of its heads: LiT's other
-claim, that few large heads cost arithmetic but no time.
+the kernel that scaled_dot_product_attention chooses ("sdpa"), and ours, in LiT's form (2 heads for DiT-S) and DiG's
+("gated, one way" is the paper's, "gated" scans both ways). Training is forward, backward and AdamW on fp32 weights
+under bf16 autocast, one picture; inference a forward pass with bf16 weights and two, as guidance has; on a CPU all is
+fp32. Ours is compared with the reference, output and gradients, before it is timed. Then one layer by the number of
+its heads: LiT's other claim, that few large heads cost arithmetic but no time.
 """
 
 from __future__ import annotations

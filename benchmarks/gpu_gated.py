@@ -1,4 +1,4 @@
-"""Times gated linear attention on a GPU against SDPA and fla-core, at the shapes of FLUX and of DiT-S.
+"""Times gated linear attention on a GPU against SDPA (cuDNN, flash) and fla-core, at FLUX's and DiT-S's shapes.
 
     python benchmarks/gpu_gated.py --output results/     # every size; --smoke on a CPU, in Triton's interpreter
 
@@ -29,7 +29,7 @@ from gpu_operators import (
     make_parser,
     report,
     share_of_bandwidth,
-    softmax,
+    softmax_methods,
     why_wrong,
 )
 from gpu_timing import copy_bandwidth
@@ -50,7 +50,7 @@ def methods(layout: TokenLayout, on_gpu: bool) -> dict[str, Method]:
     def gated(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         return gated_linear_attention(q, k, v, g, layout, **kwargs)
 
-    ours, attend = functools.partial(gated, impl="triton"), softmax(None)
+    ours = functools.partial(gated, impl="triton")
     table: dict[str, Method] = {
         "ours": lambda q, k, v, g, _: ours(q, k, v, g),
         "ours, by columns": lambda q, k, v, g, _: ours(q, k, v, g, order="columns"),
@@ -58,12 +58,16 @@ def methods(layout: TokenLayout, on_gpu: bool) -> dict[str, Method]:
         "ours, a gate per head": lambda q, k, v, _, h: ours(q, k, v, h),
     }
     if layout.length <= MOST_SDPA_TOKENS:
-        table["sdpa"] = lambda q, k, v, *_: attend(q, k, v)
+        table |= {name: _without_gates(attend) for name, attend in softmax_methods(on_gpu).items()}
     if layout.length <= MOST_TORCH_TOKENS:
         table["ours in pytorch"] = lambda q, k, v, g, _: gated(q, k, v, g, impl="chunked")
     if on_gpu and importlib.util.find_spec("fla") is not None:
         table["fla, two calls"] = lambda q, k, v, g, _: gated(q, k, v, g, impl="fla")
     return table
+
+
+def _without_gates(attend: Method) -> Method:
+    return lambda q, k, v, *_: attend(q, k, v)
 
 
 def measure_rows(arguments: argparse.Namespace) -> Iterator[Row]:

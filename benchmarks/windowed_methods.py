@@ -38,12 +38,15 @@ def dense_under_the_mask(layout: TokenLayout, window: int) -> Method:
 
 
 def positions(text: int, side: int, device: str, order: torch.Tensor | None = None) -> torch.Tensor:
-    """(2, N): row and column of every token, far away from each other and from the picture for text."""
+    """(2, N), int32: row and column of every token, -1 for text.
+
+    CLEAR's mask counts in 32 bits as well; in 64 FlexAttention would have more to do for the same mask.
+    """
     y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     place = torch.stack([y.flatten(), x.flatten()])
     if order is not None:
         place = place[:, order]
-    return torch.cat([torch.full((2, text), -1), place], 1).to(device)
+    return torch.cat([torch.full((2, text), -1), place], 1).to(device, torch.int32)
 
 
 def tile_order(side: int) -> torch.Tensor:

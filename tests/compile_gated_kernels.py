@@ -12,7 +12,7 @@ import torch
 
 from diffusers_linattn.kernels.gated_attention import BLOCK, CHUNK, SCAN, choose_warps, product_blocks
 
-from compile_kernels import CHIPS, TYPES, Compiled, _read
+from compiled_kernels import CHIPS, TYPES, Compiled, read
 
 
 # What a training step launches, by name: the kernel and the constants that differ from the usual ones.
@@ -93,7 +93,7 @@ def compile_launch(name: str, head_dim: int, dtype: torch.dtype, chip: int) -> C
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     warps = choose_warps(torch.bfloat16 if half else torch.float32, precision)
     options = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
-    return _read(triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options))
+    return read(triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options))
 
 
 def main() -> None:

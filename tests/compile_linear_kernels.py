@@ -12,7 +12,7 @@ import torch
 
 from diffusers_linattn.kernels.linear_launches import Launch, block_of, choose_launch
 
-from compile_kernels import CHIPS, TYPES, Compiled, _read
+from compiled_kernels import CHIPS, TYPES, Compiled, read
 
 
 # What a training step of each kind launches, by name: the kernel and the constants that differ from the usual ones.
@@ -91,7 +91,7 @@ def compile_launch(name: str, head_dim: int, dtype: torch.dtype, chip: int, laun
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
-    return _read(triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options))
+    return read(triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options))
 
 
 def _type(kernel: str, argument: str, element: str, constants: dict[str, Any]) -> str:

@@ -226,6 +226,7 @@ def test_kernel_is_chosen_and_captured_in_a_graph() -> None:
         return [output, *torch.autograd.grad(output.square().sum(), leaves)]
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(2):
             step()
@@ -275,13 +276,7 @@ GATED_CASES: dict[str, tuple[TokenLayout, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("case", GATED_CASES)
-@pytest.mark.parametrize(
-    ("dim", "dtype", "per_head"),
-    [(64, torch.bfloat16, False), (64, torch.bfloat16, True), (64, torch.float16, False), (64, torch.float32, False)],
-    ids=str,
-)
-def test_gated_kernels(dim: int, dtype: torch.dtype, per_head: bool, case: str) -> None:
+def check_gated(dim: int, dtype: torch.dtype, per_head: bool, case: str) -> None:
     """As `check_kernel`, with gates that forget everything among others."""
     layout, options = GATED_CASES[case]
     inputs = [torch.randn(2, layout.length, 3, dim, dtype=dtype, device="cuda").transpose(1, 2) for _ in range(3)]
@@ -293,6 +288,16 @@ def test_gated_kernels(dim: int, dtype: torch.dtype, per_head: bool, case: str) 
     assert_as_exact(ours, same, exact, GATED_FLOORS[dtype], least=1e-3)
 
 
+@pytest.mark.parametrize("case", GATED_CASES)
+@pytest.mark.parametrize(
+    ("dim", "dtype", "per_head"),
+    [(64, torch.bfloat16, False), (64, torch.bfloat16, True), (64, torch.float16, False), (64, torch.float32, False)],
+    ids=str,
+)
+def test_gated_kernels(dim: int, dtype: torch.dtype, per_head: bool, case: str) -> None:
+    check_gated(dim, dtype, per_head, case)
+
+
 @pytest.mark.parametrize(
     ("dim", "dtype", "per_head"),
     [(dim, torch.bfloat16, False) for dim in (16, 40, 128, 256)]
@@ -300,7 +305,7 @@ def test_gated_kernels(dim: int, dtype: torch.dtype, per_head: bool, case: str) 
     ids=str,
 )
 def test_gated_kernels_at_other_head_dims(dim: int, dtype: torch.dtype, per_head: bool) -> None:
-    test_gated_kernels(dim, dtype, per_head, "columns")
+    check_gated(dim, dtype, per_head, "columns")
 
 
 def test_gated_heads_in_several_launches(monkeypatch: pytest.MonkeyPatch) -> None:

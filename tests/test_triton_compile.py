@@ -8,9 +8,10 @@ import os
 import pytest
 import torch
 
-import compile_gated_kernels
-import compile_kernels
+import compile_gated_kernels as gated
 import compile_linear_kernels as linear
+import compile_windowed_kernels as windowed
+from compiled_kernels import CHIPS
 
 
 pytestmark = [
@@ -19,30 +20,30 @@ pytestmark = [
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels are not compiled"),
 ]
 
-CASES = [(chip, dim, torch.bfloat16) for chip in compile_kernels.CHIPS for dim in (64, 128)]
+CASES = [(chip, dim, torch.bfloat16) for chip in CHIPS for dim in (64, 128)]
 CASES += [(90, 128, torch.float16)]
 
 
 @pytest.mark.parametrize(("chip", "head_dim", "dtype"), CASES, ids=str)
 def test_no_spills_and_asynchronous_copies(chip: int, head_dim: int, dtype: torch.dtype) -> None:
-    for name, tiles in compile_kernels.launches(head_dim, dtype, chip).items():
-        result = compile_kernels.compile_kernel(name, tiles, head_dim, dtype, chip)
+    for name, tiles in windowed.launches(head_dim, dtype, chip).items():
+        result = windowed.compile_kernel(name, tiles, head_dim, dtype, chip)
         assert result.spills == 0, f"{name}: {result}"
-        assert result.shared <= compile_kernels.CHIPS[chip], f"{name}: {result}"
+        assert result.shared <= CHIPS[chip], f"{name}: {result}"
         assert result.loops == result.asynchronous == 2, f"{name}: {result}"
 
 
 @pytest.mark.parametrize("flags", [{"HAS_BIAS": True}, {"HAS_POOLED": True}, {"ISOTROPIC": False}], ids=str)
 def test_variants_fit(flags: dict[str, bool]) -> None:
-    for name, tiles in compile_kernels.launches(128, torch.bfloat16, 90).items():
-        result = compile_kernels.compile_kernel(name, tiles, 128, torch.bfloat16, 90, **flags)
-        assert result.shared <= compile_kernels.CHIPS[90], f"{name}: {result}"
+    for name, tiles in windowed.launches(128, torch.bfloat16, 90).items():
+        result = windowed.compile_kernel(name, tiles, 128, torch.bfloat16, 90, **flags)
+        assert result.shared <= CHIPS[90], f"{name}: {result}"
         assert result.loops == result.asynchronous >= 2, f"{name}: {result}"
 
 
 @pytest.mark.parametrize(
     ("chip", "head_dim", "dtype"),
-    [(chip, 128, torch.bfloat16) for chip in compile_kernels.CHIPS]
+    [(chip, 128, torch.bfloat16) for chip in CHIPS]
     + [(90, 64, torch.bfloat16), (100, 72, torch.float16), (90, 576, torch.bfloat16)],
     ids=str,
 )
@@ -54,23 +55,23 @@ def test_linear_attention_fits(chip: int, head_dim: int, dtype: torch.dtype) -> 
         result = linear.compile_launch(name, head_dim, dtype, chip)
         assert result.loop_spills <= 1, f"{name}: {result}"
         assert result.spills <= outside.get(name, 0), f"{name}: {result}"
-        assert result.shared <= compile_kernels.CHIPS[chip], f"{name}: {result}"
+        assert result.shared <= CHIPS[chip], f"{name}: {result}"
         assert result.loops == result.asynchronous, f"{name}: {result}"
         assert result.loops or name in ("blend", "blend gradients"), f"{name}: {result}"
 
 
 @pytest.mark.parametrize(
     ("chip", "head_dim", "dtype", "per_head"),
-    [(chip, 128, torch.bfloat16, False) for chip in compile_kernels.CHIPS]
+    [(chip, 128, torch.bfloat16, False) for chip in CHIPS]
     + [(90, 64, torch.float16, False), (90, 128, torch.bfloat16, True)],
     ids=str,
 )
 def test_gated_kernels_fit(chip: int, head_dim: int, dtype: torch.dtype, per_head: bool) -> None:
     # The five levels of a half, unrolled, keep more than the registers hold: some words per thread in local memory.
     spills = {"weights": 72, "gradients": 208}
-    for name in compile_gated_kernels.PER_HEAD if per_head else compile_gated_kernels.LAUNCHES:
-        result = compile_gated_kernels.compile_launch(name, head_dim, dtype, chip)
+    for name in gated.PER_HEAD if per_head else gated.LAUNCHES:
+        result = gated.compile_launch(name, head_dim, dtype, chip)
         assert result.spills <= spills.get(name.removesuffix(", a gate per head"), 0), f"{name}: {result}"
         assert result.loop_spills <= 80, f"{name}: {result}"
-        assert result.shared <= compile_kernels.CHIPS[chip], f"{name}: {result}"
+        assert result.shared <= CHIPS[chip], f"{name}: {result}"
         assert result.products in ("mma.sync", "none"), f"{name}: {result}"

@@ -139,13 +139,13 @@ def test_strides_of_any_kind():
     fused = torch.randn(1, layout.length, 3, HEADS, DIM)
     tensors = [fused[:, :, i].transpose(1, 2) for i in range(3)]
     tensors[2] = tensors[2].transpose(2, 3).contiguous().transpose(2, 3)
-    expected = local_attention(*tensors, layout, window=3, impl="reference")
-    leaves = [x.detach().requires_grad_() for x in tensors]
-    out = local_attention(*leaves, layout, window=3, impl="triton")
-    assert out.transpose(1, 2).is_contiguous()
-    torch.testing.assert_close(out, expected)
-    out.sum().backward()
-    torch.testing.assert_close(leaves[2].grad.sum(), torch.tensor(float(expected.numel())))
+    results = []
+    for impl in ("triton", "reference"):
+        leaves = [x.detach().requires_grad_() for x in tensors]
+        output = local_attention(*leaves, layout, window=3, impl=impl)
+        results.append([output, *torch.autograd.grad(output.sum(), leaves)])
+    assert results[0][0].transpose(1, 2).is_contiguous()
+    torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
 
 
 def test_same_bits_in_every_run_and_no_number_left_unwritten():

@@ -1,0 +1,99 @@
+"""What a kernel compiled by Triton needs of a chip, which need not be there, read from what the compiler gives."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+# Bytes of shared memory that one block may have.
+CHIPS = {80: 166912, 90: 232448, 100: 232448}
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What one kernel needs on one chip."""
+
+    registers: int
+    stack: int
+    spills: int  # loads and stores of local memory in the machine code
+    loop_spills: int  # those in innermost loops
+    shared: int
+    loops: int  # innermost loops with a matrix product
+    asynchronous: int  # how many of them copy to shared memory asynchronously
+    products: str  # the matrix instruction
+
+    def __str__(self) -> str:
+        loops = f"{self.asynchronous} of {self.loops}"
+        spills = f"{self.spills:6} {self.loop_spills:7}"
+        return f"{self.registers:4} {self.stack:5} {spills} {self.shared:7} {loops}  {self.products}"
+
+
+def read(compiled: Any) -> Compiled:
+    """What a kernel compiled by Triton needs, from its machine code and what comes before it."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    cuobjdump = tools / "cuobjdump" if (tools / "cuobjdump").exists() else shutil.which("cuobjdump")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [str(cuobjdump), "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        numbers = {key: int(value) for key, value in re.findall(r"\b(REG|STACK):(\d+)", usage)}
+        # Without a stack there is no local memory; to read the machine code takes a third of a test.
+        sass = ""
+        if numbers["STACK"]:
+            sass = subprocess.run([str(cuobjdump), "-sass", file.name], capture_output=True, text=True).stdout
+    found = re.findall(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync", compiled.asm["ptx"])
+    loops = _loops_with_products(compiled.asm["ttgir"])
+    return Compiled(
+        numbers["REG"],
+        numbers["STACK"],
+        *_spills(sass),
+        compiled.metadata.shared,
+        len(loops),
+        sum(loops),
+        max(set(found), key=found.count) if found else "none",
+    )
+
+
+def _spills(sass: str) -> tuple[int, int]:
+    """Loads and stores of local memory, and those between an innermost backward branch and its target."""
+    code = [(int(address, 16), text) for address, text in re.findall(r"/\*([0-9a-f]{4,})\*/ +([^;]*);", sass)]
+    spills = [address for address, text in code if re.search(r"\b(?:STL|LDL)\b", text)]
+    loops = []
+    for address, text in code:
+        target = re.search(r"\bBRA\b.* 0x([0-9a-f]+)", text)
+        if target and int(target[1], 16) < address:
+            loops.append((int(target[1], 16), address))
+    inner = [(a, b) for a, b in loops if not any((a, b) != (c, d) and a <= c and d <= b for c, d in loops)]
+    return len(spills), sum(any(a <= address <= b for a, b in inner) for address in spills)
+
+
+def _loops_with_products(code: str) -> list[bool]:
+    """For each innermost loop with a matrix product, whether it copies asynchronously."""
+    found: list[bool] = []
+    open_loops: list[tuple[int, list[str]]] = []
+    innermost = False
+    for line in code.splitlines():
+        indent = len(line) - len(line.lstrip())
+        if "scf.for" in line:
+            open_loops.append((indent, []))
+            innermost = True
+        elif open_loops and indent == open_loops[-1][0] and line.strip().startswith("}"):
+            _, body = open_loops.pop()
+            if innermost and any(re.search(r"tt\.dot|warp_group_dot|tc_gen5_mma", text) for text in body):
+                found.append(any("async_copy_global_to_local" in text for text in body))
+            innermost = False
+        elif open_loops:
+            open_loops[-1][1].append(line)
+    return found
