@@ -12,7 +12,7 @@ import torch
 
 from diffusers_linattn.kernels.gated_attention import BLOCK, CHUNK, SCAN, choose_warps, product_blocks
 
-from compiled_kernels import CHIPS, TYPES, Compiled, read
+from compiled_kernels import CHIPS, TYPES, Compiled, is_divisible, read
 
 
 # What a training step launches, by name: the kernel and the constants that differ from the usual ones.
@@ -84,7 +84,8 @@ def compile_launch(name: str, head_dim: int, dtype: torch.dtype, chip: int) -> C
             signature[argument] = "i32"
         elif argument.startswith("stride_"):
             signature[argument] = "i32"
-            attributes[(i,)] = [["tt.divisibility", 16]]
+            if is_divisible(argument, head_dim):
+                attributes[(i,)] = [["tt.divisibility", 16]]
         else:
             element = "bf16" if half and argument in _WORKSPACE else "fp32"
             given = argument in _FP32 + _WORKSPACE + _FP32_IN.get(kernel_name, ())

@@ -12,7 +12,7 @@ import torch
 
 from diffusers_linattn.kernels.linear_launches import Launch, block_of, choose_launch
 
-from compiled_kernels import CHIPS, TYPES, Compiled, read
+from compiled_kernels import CHIPS, TYPES, Compiled, is_divisible, read
 
 
 # What a training step of each kind launches, by name: the kernel and the constants that differ from the usual ones.
@@ -87,7 +87,7 @@ def compile_launch(name: str, head_dim: int, dtype: torch.dtype, chip: int, laun
     signature, attributes = {}, {}
     for i, argument in enumerate(kernel.arg_names):
         signature[argument] = _type(kernel_name, argument, TYPES[dtype], constants)
-        if signature[argument].startswith("*") or argument.startswith("stride_"):
+        if signature[argument].startswith("*") or is_divisible(argument, head_dim):
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}

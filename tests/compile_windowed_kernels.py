@@ -12,7 +12,7 @@ import torch
 
 from diffusers_linattn.kernels.tile_configurations import FAMILIES, Tiles, block_dim, choose_configuration
 
-from compiled_kernels import CHIPS, TYPES, Compiled, read
+from compiled_kernels import CHIPS, TYPES, Compiled, is_divisible, read
 
 
 def launches(head_dim: int, dtype: torch.dtype, chip: int) -> dict[str, Tiles]:
@@ -58,7 +58,7 @@ def compile_kernel(
     signature, attributes = {}, {}
     for i, argument in enumerate(kernel.arg_names):
         signature[argument] = _type(argument, TYPES[dtype], constants)
-        if signature[argument].startswith("*") or argument.startswith("stride_"):
+        if signature[argument].startswith("*") or is_divisible(argument, head_dim):
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": tiles.warps, "num_stages": tiles.stages, "enable_fp_fusion": True}
@@ -83,6 +83,8 @@ def _type(argument: str, element: str, constants: dict[str, Any]) -> str:
         "num_tokens",
         "num_pooled",
         "num_segments",
+        "text_items",
+        "num_items",
         "slots",
     ):
         return "i32"

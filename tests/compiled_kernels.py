@@ -37,6 +37,11 @@ class Compiled:
         return f"{self.registers:4} {self.stack:5} {spills} {self.shared:7} {loops}  {self.products}"
 
 
+def is_divisible(argument: str, head_dim: int) -> bool:
+    """Whether 16 divides a stride of (batch, tokens, heads, head_dim) tensors: not that between heads of 72."""
+    return argument.startswith("stride_") and not (argument.endswith("h") and head_dim % 16)
+
+
 def read(compiled: Any) -> Compiled:
     """What a kernel compiled by Triton needs, from its machine code and what comes before it."""
     import triton

@@ -61,6 +61,8 @@ def make_mask(form, layout, batch, dtype, heads=HEADS):
         return random(1, n) > 0.3
     if form == "additive":
         return random(batch, heads, 1, n).to(dtype)
+    if form == "additive, keys apart":  # in memory
+        return random(n, batch).to(dtype).t()[:, None, None]
     if form == "pairwise":
         return random(1, heads, n, n) > 0.3
     if form == "pairwise additive":

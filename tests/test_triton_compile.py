@@ -21,7 +21,7 @@ pytestmark = [
 ]
 
 CASES = [(chip, dim, torch.bfloat16) for chip in CHIPS for dim in (64, 128)]
-CASES += [(90, 128, torch.float16)]
+CASES += [(90, 128, torch.float16), (90, 72, torch.bfloat16)]
 
 
 @pytest.mark.parametrize(("chip", "head_dim", "dtype"), CASES, ids=str)
@@ -44,13 +44,15 @@ def test_variants_fit(flags: dict[str, bool]) -> None:
 @pytest.mark.parametrize(
     ("chip", "head_dim", "dtype"),
     [(chip, 128, torch.bfloat16) for chip in CHIPS]
-    + [(90, 64, torch.bfloat16), (100, 72, torch.float16), (90, 576, torch.bfloat16)],
+    + [(90, 64, torch.bfloat16), (90, 72, torch.bfloat16), (90, 576, torch.bfloat16)],
     ids=str,
 )
 def test_linear_attention_fits(chip: int, head_dim: int, dtype: torch.dtype) -> None:
-    # Between the loops, once per block of queries, some words of the two beside text lie in local memory; the most of
+    # Between the loops, once per block of queries, some words of those beside text lie in local memory; the most of
     # them where Triton 3.6 compiles.
     outside = {"query gradient, text": 48, "product, text": 8, "blend gradients, text": 80} if head_dim == 128 else {}
+    if head_dim == 72:  # computed with 128 channels, and a mask
+        outside = {"query gradient, text": 160, "blend gradients, text": 80}
     for name in linear.launches(head_dim):
         result = linear.compile_launch(name, head_dim, dtype, chip)
         assert result.loop_spills <= 1, f"{name}: {result}"
@@ -63,15 +65,15 @@ def test_linear_attention_fits(chip: int, head_dim: int, dtype: torch.dtype) -> 
 @pytest.mark.parametrize(
     ("chip", "head_dim", "dtype", "per_head"),
     [(chip, 128, torch.bfloat16, False) for chip in CHIPS]
-    + [(90, 64, torch.float16, False), (90, 128, torch.bfloat16, True)],
+    + [(90, 64, torch.float16, False), (90, 72, torch.bfloat16, False), (90, 128, torch.bfloat16, True)],
     ids=str,
 )
 def test_gated_kernels_fit(chip: int, head_dim: int, dtype: torch.dtype, per_head: bool) -> None:
     # The five levels of a half, unrolled, keep more than the registers hold: some words per thread in local memory.
-    spills = {"weights": 72, "gradients": 208}
+    spills = {"weights": 72 if head_dim % 16 == 0 else 96, "gradients": 208}
     for name in gated.PER_HEAD if per_head else gated.LAUNCHES:
         result = gated.compile_launch(name, head_dim, dtype, chip)
         assert result.spills <= spills.get(name.removesuffix(", a gate per head"), 0), f"{name}: {result}"
-        assert result.loop_spills <= 80, f"{name}: {result}"
+        assert result.loop_spills <= (80 if head_dim % 16 == 0 else 96), f"{name}: {result}"
         assert result.shared <= CHIPS[chip], f"{name}: {result}"
         assert result.products in ("mma.sync", "none"), f"{name}: {result}"

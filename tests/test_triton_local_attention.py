@@ -67,7 +67,7 @@ def test_windows_of_one_token_and_of_everything(window):
     check(SMALL["odd"], torch.float32, window=window)
 
 
-@pytest.mark.parametrize("form", ["keys", "additive", "all keys hidden"])
+@pytest.mark.parametrize("form", ["keys", "additive", "additive, keys apart", "all keys hidden"])
 def test_masks_of_keys(form):
     check(SMALL["text around"], torch.float32, batch=2, window=3, pooled=5, mask=form)
 
