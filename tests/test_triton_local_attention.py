@@ -16,6 +16,7 @@ import torch
 from diffusers_linattn import ClearProcessor, linearize, status
 from diffusers_linattn.kernels import local_attention as kernels
 from diffusers_linattn.kernels import tile_configurations, tile_lists
+from diffusers_linattn.kernels.launching import adjacent
 from diffusers_linattn.kernels.tile_configurations import Configuration, Tiles, choose_configuration
 from diffusers_linattn.layout import TokenLayout
 from diffusers_linattn.ops import reference
@@ -146,6 +147,25 @@ def test_strides_of_any_kind():
         results.append([output, *torch.autograd.grad(output.sum(), leaves)])
     assert results[0][0].transpose(1, 2).is_contiguous()
     torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
+
+
+def test_vectors_begin_at_multiples_of_eight_elements():
+    """The kernels tell the compiler so where 8 divides head_dim; the interpreter takes no notice of it."""
+    apart_by_nine = torch.randn(2, 5, 3, 9)[..., :8].transpose(1, 2)
+    copied = adjacent(apart_by_nine)
+    assert all(stride % 8 == 0 for stride in copied.stride()[:3])
+    torch.testing.assert_close(copied, apart_by_nine, atol=0, rtol=0)
+    fused = torch.randn(2, 5, 3, 4, 72)
+    one_sample = torch.randn(1 + 4 * 72)[1:].as_strided((1, 4, 1, 72), (1, 72, 5, 1))
+    for x in (fused[:, :, 1].transpose(1, 2), fused[0, :, 1:2, :1], one_sample, torch.randn(2, 3, 5, 9)):
+        assert adjacent(x) is x
+
+
+def test_frames_out_of_reach_are_refused():
+    kernels._check_reach(TokenLayout.image((1, 2048, 2048)), 3072)
+    kernels._check_reach(TokenLayout.image((81, 256, 256)), 3072)
+    with pytest.raises(ValueError, match="512 x 512 tokens.*impl='tiled'"):
+        kernels._check_reach(TokenLayout.image((81, 512, 512)), 3072)
 
 
 def test_same_bits_in_every_run_and_no_number_left_unwritten():
