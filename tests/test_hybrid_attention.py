@@ -11,6 +11,7 @@ import pytest
 import torch
 from test_linear_attention import assert_as_accurate, make_inputs, seen_keys, with_gradients
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
 
 from diffusers_linattn import (
     ClearProcessor,
@@ -386,6 +387,54 @@ def test_autocast_changes_nothing():
             output = ours(layout, impl=impl)(*inputs)
         assert output.dtype == torch.float32
         torch.testing.assert_close(output, expected, atol=0, rtol=0)
+
+
+def kept_for_backward(function, inputs):
+    """The bytes that autograd keeps beyond inputs and output, each storage once; the gradients are taken twice."""
+    inputs, kept = [x.requires_grad_() for x in inputs], {}
+
+    def pack(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage()
+        return x.detach()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        output = function(*inputs)
+    for x in (*inputs, output):
+        kept.pop(x.untyped_storage().data_ptr(), None)
+    first, second = (torch.autograd.grad(output.square().sum(), inputs, retain_graph=True) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert a.isfinite().all()
+        assert torch.equal(a, b)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize("feature_map", ["relu", "softmax", "learned"])
+def test_training_keeps_what_the_window_keeps(feature_map):
+    """Not the features, nor the sums over all tokens, which are computed again in the backward pass."""
+    layout = TokenLayout.joint(text=7, grid=(1, 16, 16))
+    inputs = inputs_with(layout, (0.4, 1.5), torch.bfloat16, batch=1)
+    if feature_map == "learned":
+        weight = torch.randn(16, 16, dtype=torch.bfloat16, requires_grad=True)
+        feature_map = (lambda x: torch.softmax(x @ weight, -1), lambda x: torch.softmax(x @ weight, -1))
+    kept = kept_for_backward(ours(layout, impl="tiled", feature_map=feature_map), inputs)
+    # query, key, value and output, widened to 24 channels, with those of the null key, a score in fp32, and a mask.
+    assert kept <= 2 * 2 * 24 * (4 * layout.length + 2) + 4 * 2 * layout.length + 2 * layout.length
+
+
+def test_autocast_and_a_checkpoint_around_it():
+    layout = LAYOUTS["77 text first"]
+    inputs = [x.requires_grad_() for x in inputs_with(layout)]
+    projection = torch.nn.Linear(16, 16, bias=False)
+    maps = (lambda x: torch.softmax(projection(x), -1),) * 2
+    results = []
+    for outer in (False, True):
+        function = ours(layout, feature_map=maps)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output = checkpoint(function, *inputs, use_reentrant=False) if outer else function(*inputs)
+        assert output.dtype == torch.float32
+        results.append([output, *torch.autograd.grad(output.square().sum(), [*inputs, projection.weight])])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("given", ["as a layout", "as shapes"])

@@ -9,7 +9,7 @@ import os
 
 import pytest
 import torch
-from test_hybrid_attention import inputs_with, ours, spec
+from test_hybrid_attention import inputs_with, kept_for_backward, ours, spec
 from test_linear_attention import assert_as_accurate, seen_keys, with_gradients
 
 from diffusers_linattn.layout import TokenLayout
@@ -71,3 +71,23 @@ def test_queries_that_see_nothing_give_zero():
     for gradient in gradients:
         assert gradient.isfinite().all()
         assert (gradient[1] == 0).all()
+
+
+@pytest.mark.parametrize("feature_map", ["relu", "softmax"])
+def test_training_keeps_the_output_of_the_window_and_a_number_per_query(feature_map):
+    layout = LAYOUTS["odd"]
+    inputs = inputs_with(layout, LAMBDA, dtype=torch.float16, batch=1)
+    kept = kept_for_backward(ours(layout, impl="triton", feature_map=feature_map), inputs)
+    assert kept <= len(LAMBDA) * layout.length * (2 * 16 + 4)
+
+
+def test_compiles_without_a_break():
+    layout = LAYOUTS["odd"]
+    results = []
+    function = ours(layout, impl="triton")
+    torch._dynamo.reset()
+    for attend in (function, torch.compile(function, fullgraph=True, backend="aot_eager")):
+        inputs = [x.requires_grad_() for x in inputs_with(layout, LAMBDA)]
+        output = attend(*inputs)
+        results.append([output, *torch.autograd.grad(output.square().sum(), inputs)])
+    torch.testing.assert_close(*results)

@@ -52,9 +52,9 @@ def test_matches_reference(name, dtype):
     check(LAYOUTS[name], dtype)
 
 
-@pytest.mark.parametrize("name", ["odd grid", "77 text last"])
+@pytest.mark.parametrize("name", ["odd grid", "one text token", "77 text last"])
 @pytest.mark.parametrize("feature_map", ["elu", "softmax"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_feature_maps(dtype, feature_map, name):
     check(LAYOUTS[name], dtype, feature_map=feature_map)
 
@@ -77,8 +77,9 @@ def test_learned_feature_map(name):
 
 @pytest.mark.parametrize("name", ["odd grid", "references and padding"])
 @pytest.mark.parametrize("form", ["bool", "float", "keys apart", "per head", "pairwise"])
+@pytest.mark.parametrize("feature_map", ["relu", "softmax"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_key_masks(dtype, form, name):
+def test_key_masks(dtype, feature_map, form, name):
     layout = LAYOUTS[name]
     seen = seen_keys(layout)
     mask = {
@@ -88,14 +89,22 @@ def test_key_masks(dtype, form, name):
         "per head": torch.rand(2, 2, 1, layout.length) > 0.2,
         "pairwise": seen & seen.transpose(-1, -2),
     }[form]
-    check(layout, dtype, mask=mask)
+    check(layout, dtype, feature_map=feature_map, mask=mask)
 
 
-def test_queries_that_see_nothing_give_zero():
+@pytest.mark.parametrize("feature_map", ["relu", "softmax"])
+@pytest.mark.parametrize("name", ["77 text first", "references and padding"])
+def test_key_masks_in_fp16(name, feature_map):
+    layout = LAYOUTS[name]
+    check(layout, torch.float16, feature_map=feature_map, mask=seen_keys(layout))
+
+
+@pytest.mark.parametrize("feature_map", ["relu", "softmax"])
+def test_queries_that_see_nothing_give_zero(feature_map):
     layout = LAYOUTS["77 text last"]
     mask = torch.tensor([True, False])[:, None, None, None].expand(2, 1, 1, layout.length)
     inputs = [x.requires_grad_() for x in make_inputs(layout)]
-    output = linear_attention(*inputs, layout, mask=mask, impl="triton")
+    output = linear_attention(*inputs, layout, mask=mask, feature_map=feature_map, impl="triton")
     for x in (output, *torch.autograd.grad(output.sum(), inputs)):
         assert x.isfinite().all()
         assert not x[1].any()
@@ -103,10 +112,11 @@ def test_queries_that_see_nothing_give_zero():
 
 @pytest.mark.parametrize("dim", [8, 72, 200])
 @pytest.mark.parametrize("text", [0, 5])
-def test_head_dims(dim, text):
+@pytest.mark.parametrize("feature_map", ["relu", "softmax"])
+def test_head_dims(feature_map, dim, text):
     """Also heads wider than a block, and text beside them, which is then added outside of the kernels."""
     layout = TokenLayout.joint(text=text, grid=(1, 9, 10))
-    check(layout, inputs=make_inputs(layout, heads=1, dim=dim))
+    check(layout, inputs=make_inputs(layout, heads=1, dim=dim), feature_map=feature_map)
 
 
 @pytest.mark.parametrize("name", ["odd grid", "references and padding"])
@@ -119,11 +129,12 @@ def test_few_large_heads(name):
     )
 
 
-def test_large_scores_of_either_sign():
+@pytest.mark.parametrize("feature_map", ["relu", "softmax"])
+def test_large_scores_of_either_sign(feature_map):
     layout = LAYOUTS["77 text first"]
     query, key, value = make_inputs(layout)
     for sign in (40, -40):
-        check(layout, inputs=[query.abs() * sign, key.abs() + 1, value])
+        check(layout, inputs=[query.abs() * sign, key.abs() + 1, value], feature_map=feature_map)
 
 
 def test_many_tokens_are_shared_between_programs():
@@ -170,13 +181,14 @@ def test_strides_of_any_kind():
     torch.testing.assert_close(leaves[2].grad.sum(), torch.tensor(float(out.numel())))
 
 
-def test_same_bits_in_every_run_and_no_number_left_unwritten():
+@pytest.mark.parametrize("feature_map", ["relu", "softmax"])
+def test_same_bits_in_every_run_and_no_number_left_unwritten(feature_map):
     layout = TokenLayout.joint(text=7, grid=(1, 15, 13))
     tensors = make_inputs(layout)
 
     def run():
         leaves = [x.clone().requires_grad_() for x in tensors]
-        out = linear_attention(*leaves, layout, mask=seen_keys(layout), impl="triton")
+        out = linear_attention(*leaves, layout, feature_map=feature_map, mask=seen_keys(layout), impl="triton")
         return [out, *torch.autograd.grad(out.square().sum(), leaves)]
 
     expected = run()
@@ -219,10 +231,11 @@ def test_operator_registration(text):
     torch.library.opcheck(operators.linear_product.default, arguments)
 
 
-def test_compiles_once_for_all_sizes():
+@pytest.mark.parametrize("feature_map", ["relu", "softmax"])
+def test_compiles_once_for_all_sizes(feature_map):
     def attend(query, key, value, text, grid):
         layout = TokenLayout.joint(text=text.shape[0], grid=(1, grid.shape[0], grid.shape[1]))
-        return linear_attention(query, key, value, layout, impl="triton")
+        return linear_attention(query, key, value, layout, feature_map=feature_map, impl="triton")
 
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")

@@ -10,6 +10,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from diffusers_linattn.layout import TokenLayout
 from diffusers_linattn.ops import reference
@@ -57,7 +58,8 @@ def hybrid_attention(
         far_weight: λ, (heads,), any floating dtype, on the query's device; must not be negative, which is not checked
             because that would wait for the device.
         feature_map: `"relu"`, `"elu"`, `"softmax"`, or a pair `(query_features, key_features)` of callables for a
-            learned map; see [`resolve_feature_map`].
+            learned map; see [`resolve_feature_map`]. The backward pass calls them again on the same tokens, and they
+            have to give the same: no dropout.
         temporal_window: For the disc: frames with `|t - t'| < temporal_window`; `None` sees all.
         mask: Boolean (True = visible) or additive, broadcastable to (batch, heads, tokens, tokens), the same for every
             grid query that sees anything. Queries that see nothing give 0. No gradient flows to it.
@@ -110,16 +112,15 @@ def hybrid_attention(
                 impl=impl,
             )
 
-    phi_q, phi_k = of_query(query), of_key(key)
-    far_weight = far_weight.to(phi_q.dtype) * unit_mean_scale(feature_map, phi_q.shape[-1])
-    with torch.autocast(query.device.type, enabled=False):
-        if impl == "reference":
+    if impl == "reference":
+        phi_q, phi_k = of_query(query), of_key(key)
+        with torch.autocast(query.device.type, enabled=False):
             output = reference.hybrid_attention(
                 full_precision(query),
                 full_precision(key),
                 full_precision(value),
                 layout,
-                far_weight=far_weight,
+                far_weight=_weight_of_products(far_weight, phi_q, feature_map),
                 query_features=lambda _: phi_q,
                 key_features=lambda _: phi_k,
                 window=window,
@@ -127,16 +128,34 @@ def hybrid_attention(
                 mask=mask,
                 scale=scale,
             )
-        else:
-            impl = choose_impl(query, value, layout, window, temporal_window, mask) if impl is None else impl
-            attend = _attend_in_kernel if impl == "triton" else functools.partial(_attend_with_null_key, impl=impl)
-            near, null_weight = attend(query, key, value, layout, window, temporal_window, mask, scale)
-            far = phi_q @ (_grid_state(phi_k, value, layout, key_mask) * far_weight[:, None, None])
+        return _zero_where_all_is_hidden(output, mask).to(value.dtype)
+
+    impl = choose_impl(query, value, layout, window, temporal_window, mask) if impl is None else impl
+    attend = _attend_in_kernel if impl == "triton" else functools.partial(_attend_with_null_key, impl=impl)
+    sums_of = functools.partial(_sums_of_kernel, layout) if impl == "triton" else _sums_beside_null_key
+    with torch.autocast(query.device.type, enabled=False):
+        attended = attend(query, key, value, layout, window, temporal_window, mask, scale)
+
+    def add_far(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, far_weight: torch.Tensor, *attended: torch.Tensor
+    ) -> torch.Tensor:
+        phi_q, phi_k = of_query(query), of_key(key)
+        weight = _weight_of_products(far_weight, phi_q, feature_map)
+        with torch.autocast(query.device.type, enabled=False):
+            near, null_weight = sums_of(*attended)
+            far = phi_q @ (_grid_state(phi_k, value, layout, key_mask) * weight[:, None, None])
             summed = torch.addcmul(near, far, null_weight)
             output, total = summed[..., :-1], summed[..., -1:]
             nothing = total == 0
-            output = (output / total.masked_fill(nothing, 1)).masked_fill(nothing, 0)
-        return _zero_where_all_is_hidden(output, mask).to(value.dtype)
+            return (output / total.masked_fill(nothing, 1)).masked_fill(nothing, 0).to(value.dtype)
+
+    inputs = (query, key, value, far_weight, *attended)
+    if torch.is_grad_enabled():
+        # Features and sums in fp32 are many times the inputs to keep, and little to compute again.
+        output = checkpoint(add_far, *inputs, use_reentrant=False, preserve_rng_state=False)
+    else:
+        output = add_far(*inputs)
+    return _zero_where_all_is_hidden(output, mask)
 
 
 def unit_mean_scale(feature_map: FeatureMapArgument, features: int) -> float:
@@ -161,6 +180,13 @@ def unit_mean_scale(feature_map: FeatureMapArgument, features: int) -> float:
     return 1 / (features * mean**2)
 
 
+def _weight_of_products(
+    far_weight: torch.Tensor, phi_q: torch.Tensor, feature_map: FeatureMapArgument
+) -> torch.Tensor:
+    """λ c, (heads,), in the dtype of the features."""
+    return far_weight.to(phi_q.dtype) * unit_mean_scale(feature_map, phi_q.shape[-1])
+
+
 def _known_to_add_nothing(far_weight: torch.Tensor) -> bool:
     """Whether λ is 0 in all heads, as in an untrained swap, where that is known without waiting for a device."""
     if torch.compiler.is_compiling() or far_weight.device.type != "cpu":
@@ -178,11 +204,15 @@ def _attend_in_kernel(
     mask: torch.Tensor | None,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As [`_attend_with_null_key`], by the kernel that gives log Σ exp(s) as well."""
+    """The output of the softmax part, (B, H, N, D), and log2 Σ exp(s), (B, H, N), by the kernel that gives both."""
     while mask is not None and mask.ndim < 4:
         mask = mask[None]
     pooled = key[:, :, :0]
-    out, lse = attend_in_kernel(query, key, value, pooled, pooled, mask, layout, window, temporal_window, scale)
+    return attend_in_kernel(query, key, value, pooled, pooled, mask, layout, window, temporal_window, scale)
+
+
+def _sums_of_kernel(layout: TokenLayout, out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What [`_sums_beside_null_key`] gives, from the results of [`_attend_in_kernel`]."""
     lse = (lse * math.log(2)).masked_fill(lse == float("inf"), float("-inf"))[..., None]  # +inf: sees nothing
     divisor = lse.detach().clamp(min=0)
     total, null_weight = (lse - divisor).exp(), (-divisor).exp()
@@ -202,11 +232,9 @@ def _attend_with_null_key(
     scale: float,
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sums of the softmax part and what a weight of 1 is beside them, for all queries.
+    """The softmax part beside a null key, and the score of that, (B, H, N, 1), in fp32 or fp64.
 
-    Returns:
-        Σ exp(s) v and Σ exp(s) over the text and the window, (B, H, N, D + 1), and 1, (B, H, N, 1), all three divided
-        by the same positive number; in fp32 or fp64. For text queries the last is 0.
+    The first is Σ exp(s) v, Σ exp(s) and `NULL_COUNT` exp(null), divided by Σ exp(s) + exp(null), (B, H, N, D + 2).
     """
     # One softmax over these keys and a null key, whose score the query chooses through one more channel. Two more
     # columns of the values count the keys and the null key: the three sums come out divided by Σ exp(s) + exp(null),
@@ -214,7 +242,7 @@ def _attend_with_null_key(
     # somewhat less than that of the query with its own key: of the order of the others, and most of the weight theirs.
     head_dim, dim = query.shape[-1], value.shape[-1]
     width = (max(head_dim + 1, dim + 2) + 7) // 8 * 8  # kernels want one width, a multiple of 8
-    own = scale * (full_precision(query) * full_precision(key)).sum(-1, keepdim=True).detach()
+    own = scale * (full_precision(query.detach()) * full_precision(key.detach())).sum(-1, keepdim=True)
     # Lower, the weight of the null key would underflow beside ordinary scores; higher, nothing changes.
     channel = (own - 4).clamp(-2 if query.dtype == torch.float16 else -50, 60).to(query.dtype)
     unit = key.new_full((*key.shape[:2], 1, 1), 1 / scale if scale else 0.0)
@@ -237,8 +265,17 @@ def _attend_with_null_key(
         scale=scale,
         impl=impl,
     )
-    out = full_precision(out[..., : dim + 2])
-    null_score = scale * full_precision(channel) * full_precision(unit)
+    return out[..., : dim + 2], scale * full_precision(channel) * full_precision(unit)
+
+
+def _sums_beside_null_key(out: torch.Tensor, null_score: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sums of the softmax part and what a weight of 1 is beside them, for all queries.
+
+    Returns:
+        Σ exp(s) v and Σ exp(s) over the text and the window, (B, H, N, D + 1), and 1, (B, H, N, 1), all three divided
+        by the same positive number; in fp32 or fp64. For text queries the last is 0.
+    """
+    out = full_precision(out)
     return out[..., :-1], out[..., -1:] * ((-null_score).exp() / NULL_COUNT)
 
 

@@ -17,6 +17,7 @@ from diffusers_linattn.kernels.linear_attention import (
     linear_product,
     linear_state,
 )
+from diffusers_linattn.kernels.text_blending import blend_text
 from diffusers_linattn.layout import TokenLayout
 from diffusers_linattn.ops import reference
 from diffusers_linattn.ops.checks import check_attention_inputs, check_choice, check_positive_int, repeat_heads
@@ -52,8 +53,9 @@ def linear_attention(
         value: (batch, heads, tokens, value_dim), as many heads as key.
         layout: What the tokens are. Text, padding and references of unknown grid are text.
         feature_map: `"relu"`, `"elu"`, `"softmax"`, or a pair `(query_features, key_features)` of callables for a
-            learned map; see [`resolve_feature_map`]. The backward pass calls them again on the same tokens, and they
-            have to give the same: no dropout.
+            learned map; see [`resolve_feature_map`]. Features must not be negative (`"triton"` keeps logarithms of
+            denominators). The backward pass calls them again on the same tokens, and they have to give the same: no
+            dropout.
         heads: Number of heads for grid queries, usually fewer than the model has (LiT): the concatenated heads are cut
             anew, before the feature map. Text queries keep the model's heads. `None` keeps them for all.
         mask: Boolean (True = visible) or additive, broadcastable to (batch, heads, tokens, tokens), the same for every
@@ -171,13 +173,14 @@ def _by_kernels(
     with torch.autocast(query.device.type, enabled=False):
         weights = None if key_mask is None else take(key_mask.weights(), layout.grids)[..., 0]
         state, normalizer = linear_state(keys, take(value, layout.grids), weights, name)
-        if layout.num_text and not _kernels_do_all(feature_map, query, value, layout):
-            phi_q = full_precision(queries) if name == "none" else of_query(queries)
-            return blend_with_text(query, key, value, layout, *_sums(phi_q, state, normalizer), key_mask, scale)
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        return linear_product(
-            queries, state, normalizer, *text_for_kernels(key, value, layout, key_mask), scale, name
-        )[0]
+        text = text_for_kernels(key, value, layout, key_mask)
+        if not layout.num_text or _kernels_do_all(feature_map, query, value, layout):
+            return linear_product(queries, state, normalizer, *text, scale, name)[0]
+        sums, counts = _sums(full_precision(queries) if name == "none" else of_query(queries), state, normalizer)
+        if text_fits_kernels(query, value, layout):
+            return blend_text(sums, counts[..., 0], take(query, layout.grids), *text, scale)[0]
+        return blend_with_text(query, key, value, layout, sums, counts, key_mask, scale)
 
 
 def _kernels_do_all(
