@@ -19,7 +19,8 @@ names here are also what `supported_models()` returns; subclasses of them count 
 
 Resolution, prompt length and batch may change from call to call: the layout is worked out anew in each.
 
-A processor alone goes to every layer that converts. The patterns of the table choose among them, here those of FLUX.1:
+A processor alone goes to every layer that converts. The patterns of the table choose among them, here those of FLUX.1
+(`pipe` as in the [quickstart](quickstart.md)):
 
 ```python
 from diffusers_linattn import ClearProcessor, linearize, status
