@@ -2,7 +2,7 @@
 
     accelerate launch examples/distill.py --pretrained_model_name_or_path black-forest-labs/FLUX.1-dev \
         --prompts prompts.txt --processor clear --window 16 --mixed_precision bf16 --gradient_checkpointing \
-        --train_batch_size 1 --gradient_accumulation_steps 8 --output_dir flux-clear-16
+        --train_batch_size 1 --gradient_accumulation_steps 32 --output_dir flux-clear-16
 
 Makes samples with the pipeline, converts it, trains its attention layers, and compares the result with the original.
 Stopped at any time and started again with the same arguments, it goes on where it was.

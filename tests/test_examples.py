@@ -44,6 +44,39 @@ def test_quickstart(processor: str, tmp_path: Path) -> None:
     assert (tmp_path / "student" / "linear_attention.safetensors").exists()
 
 
+@pytest.mark.slow
+def test_quickstart_can_be_repeated_and_asked_for_something_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    main = runpy.run_path(str(EXAMPLES / "quickstart.py"))["main"]
+
+    def run(flags: str) -> str:
+        numbers = "--samples 4 --transfer-steps 1 --steps 1 --batch-size 2 --pictures 2"
+        monkeypatch.setattr(sys, "argv", ["quickstart.py", *flags.split(), *numbers.split()])
+        main()
+        return capsys.readouterr().out
+
+    weights = tmp_path / "quickstart-clear" / "student" / "linear_attention.safetensors"
+    table = run("--processor clear --window 4")
+    written = weights.stat().st_mtime_ns
+    assert run("--processor clear --window 4") == table
+    assert weights.stat().st_mtime_ns == written  # the finished student is loaded
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear all")
+    drawn = (tmp_path / "quickstart-clear" / "grid.png").stat().st_mtime_ns
+    for flags, message in (
+        ("--processor clear --window 3", "quickstart-clear holds a run with window=4: give another folder"),
+        ("--output mine", "mine holds something else"),
+    ):
+        with pytest.raises(SystemExit):
+            run(flags)
+        assert message in capsys.readouterr().err
+    assert (tmp_path / "quickstart-clear" / "grid.png").stat().st_mtime_ns == drawn
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["letter.txt"]
+
+
 def test_the_flux_example_is_short_and_parses() -> None:
     source = (EXAMPLES / "flux.py").read_text()
     ast.parse(source)

@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-import diffusers_linattn
 from diffusers_linattn import (
     ClearProcessor,
     GLAProcessor,
@@ -223,16 +222,24 @@ def test_what_a_mask_hides_does_not_matter(case: Case, mechanism: str) -> None:
         assert_near(output_of(model, other), output_of(model, call.inputs), tolerance=1e-5)
 
 
-def test_the_snippet_in_the_docs_runs(case: Case) -> None:
+def test_the_patterns_in_the_docs_convert_every_layer(case: Case) -> None:
     model = case.make()
-    page = runpy.run_path(str(Path(__file__).parents[1] / "docs" / "make_models_page.py"))["page"]()
-    snippet = re.search(rf"^## {type(model).__name__}$.*?```python\n(.*?)```", page, re.DOTALL | re.MULTILINE)
-    assert snippet is not None
-    printed: list[object] = []
-    names = {"pipe": SimpleNamespace(transformer=model), "print": printed.append}
-    exec(snippet[1], {**vars(diffusers_linattn), **names})
+    row = re.search(rf"^\| `{type(model).__name__}` \|[^|]*\|([^|]*)\|", models_page(), re.MULTILINE)
+    assert row is not None
+    linearize(model, dict.fromkeys(re.findall("`(.*?)`", row[1]), ClearProcessor(window=16)))
     assert len(status(model).converted) == len(layers_of(model)) > 0
-    assert printed
+
+
+def test_the_snippet_in_the_docs_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    model = CASES["FluxTransformer2DModel"].make()
+    snippet = re.search(r"```python\n(.*?)```", models_page(), re.DOTALL)
+    assert snippet is not None
+    exec(snippet[1], {"pipe": SimpleNamespace(transformer=model)})
+    assert "4 of 4" in capsys.readouterr().out
+
+
+def models_page() -> str:
+    return runpy.run_path(str(Path(__file__).parents[1] / "docs" / "make_models_page.py"))["page"]()
 
 
 def test_every_supported_model_has_a_case() -> None:
