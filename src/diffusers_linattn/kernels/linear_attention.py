@@ -71,10 +71,12 @@ def linear_state_backward(
     dkey, dvalue = empty_like(key), empty_like(value)
     tensors: dict[str, Any] = {"state": dstate.contiguous(), "normalizer": dnormalizer.contiguous()}
     if max(call.sides) <= MAX_NARROW_DIM and key.dtype != torch.float32:
-        call.launch(narrow_gradients_kernel, 1, key=call.key, value=call.value, dkey=dkey, dvalue=dvalue, **tensors)
+        call.launch(
+            narrow_gradients_kernel, 1, key=call.tokens, value=call.columns, dkey=dkey, dvalue=dvalue, **tensors
+        )
         return dkey, dvalue
-    tensors["query"] = call.key
-    call.launch(feature_gradient_kernel, call.feature_blocks, grad=call.value, dquery=dkey, **tensors)
+    tensors["query"] = call.tokens
+    call.launch(feature_gradient_kernel, call.feature_blocks, grad=call.columns, dquery=dkey, **tensors)
     call.launch(product_kernel, call.column_blocks, out=dvalue, **tensors)
     return dkey, dvalue
 
@@ -128,7 +130,11 @@ def linear_product(
 
     call = Call(query, state, feature_map, text_key, text_value, text_bias, scale=scale)
     out, lse = _empty_product(query, state)
-    tensors: dict[str, Any] = {"query": call.key, "state": state.contiguous(), "normalizer": normalizer.contiguous()}
+    tensors: dict[str, Any] = {
+        "query": call.tokens,
+        "state": state.contiguous(),
+        "normalizer": normalizer.contiguous(),
+    }
     call.launch(product_kernel, call.column_blocks, normalized=True, out=out, lse=lse, **tensors)
     return out, lse
 
@@ -160,13 +166,13 @@ def linear_product_backward(
     from diffusers_linattn.kernels.linear_attention_backward import feature_gradient_kernel
 
     call = Call(query, grad, feature_map, text_key, text_value, text_bias, scale=scale)
-    grad, dquery = call.value, empty_like(query)
+    grad, dquery = call.columns, empty_like(query)
     shrunk, minus_delta = torch.empty_like(lse), torch.empty_like(lse)
     call.launch(
         feature_gradient_kernel,
         call.feature_blocks,
         normalized=True,
-        query=call.key,
+        query=call.tokens,
         grad=grad,
         out=out,
         lse=lse,

@@ -41,13 +41,14 @@ _STRIDES = {
 class Call:
     """What the launches of one call share.
 
-    `key` are the tokens that φ is taken of, keys or queries, and the last side of `value` is V.
+    φ is taken of `tokens` (B, H, G, K), keys or queries; `columns` has V as its last side: values, gradients of the
+    output, or the state.
     """
 
     def __init__(
         self,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        tokens: torch.Tensor,
+        columns: torch.Tensor,
         feature_map: str,
         text_key: torch.Tensor | None = None,
         text_value: torch.Tensor | None = None,
@@ -56,11 +57,11 @@ class Call:
         weights: torch.Tensor | None = None,
         scale: float = 0.0,
     ) -> None:
-        self.key, self.value = adjacent(key), adjacent(value)
-        self.sides = (key.shape[3], value.shape[3])
+        self.tokens, self.columns = adjacent(tokens), adjacent(columns)
+        self.sides = (tokens.shape[3], columns.shape[3])
         self.blocks = tuple(map(block_of, self.sides))
         self.feature_blocks, self.column_blocks = (-(-n // b) for n, b in zip(self.sides, self.blocks, strict=True))
-        self.weights = None if weights is None else weights.contiguous().expand(*key.shape[:2], -1)
+        self.weights = None if weights is None else weights.contiguous().expand(*tokens.shape[:2], -1)
         self.text: dict[str, torch.Tensor] = {}
         self.num_text, self.has_bias = 0, text_bias is not None
         if text_key is not None and text_value is not None:
@@ -69,17 +70,17 @@ class Call:
                 text_key.shape[2],
             )
             if text_bias is not None:
-                self.text["text_bias"] = (text_bias * LOG2_E).contiguous().expand(*key.shape[:2], -1)
+                self.text["text_bias"] = (text_bias * LOG2_E).contiguous().expand(*tokens.shape[:2], -1)
         self.scale, self.feature_map = scale, feature_map
         # fp16 is multiplied in fp32, for its range: tf32 has all its digits.
-        self.precision = "tf32" if key.dtype == torch.float16 else fp32_precision(key.device)
+        self.precision = "tf32" if tokens.dtype == torch.float16 else fp32_precision(tokens.device)
 
     def plan(self, kernel: str, blocks: int) -> tuple[Launch, int, int]:
         """How a kernel is launched, the tokens of a program, and how many programs share those of a head."""
         launch = self._launch(kernel)
-        others = max(1, blocks * self.key.shape[0] * self.key.shape[1])
-        places = launch.programs * _processors(self.key.device)
-        return launch, *share_tokens(self.key.shape[2], launch.tokens, others, places)
+        others = max(1, blocks * self.tokens.shape[0] * self.tokens.shape[1])
+        places = launch.programs * _processors(self.tokens.device)
+        return launch, *share_tokens(self.tokens.shape[2], launch.tokens, others, places)
 
     def state(self, **given: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Σ w φ(k) vᵀ and Σ w φ(k) c; `given` weights w instead of the call's, and counts c, else 1.
@@ -90,12 +91,12 @@ class Call:
 
         blocks = self.feature_blocks * self.column_blocks
         _, _, shares = self.plan("state_kernel", blocks)
-        state, normalizer = (x.new_empty(shares, *x.shape) for x in empty_state(self.key, self.value))
+        state, normalizer = (x.new_empty(shares, *x.shape) for x in empty_state(self.tokens, self.columns))
         self.launch(
             state_kernel,
             blocks,
-            key=self.key,
-            value=self.value,
+            key=self.tokens,
+            value=self.columns,
             state=state,
             normalizer=normalizer,
             **given,
@@ -103,7 +104,7 @@ class Call:
         return (state[0], normalizer[0]) if shares == 1 else (state.sum(0), normalizer.sum(0))
 
     def text_gradients(self, lse: torch.Tensor, minus_delta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The gradients of the text's keys and values, where `value` is that of the output; empty without text.
+        """The gradients of the text's keys and values, where `columns` is that of the output; empty without text.
 
         lse is the base-2 logarithm of the denominators, minus_delta what is taken off products of values with
         gradients, both (batch, heads, tokens).
@@ -111,18 +112,18 @@ class Call:
         from diffusers_linattn.kernels.linear_attention_backward import text_gradients_kernel
 
         if not self.text:
-            return self.key.new_empty(0), self.key.new_empty(0)
+            return self.tokens.new_empty(0), self.tokens.new_empty(0)
         blocks = -(-self.num_text // self._launch("text_gradients_kernel").text)
         _, _, shares = self.plan("text_gradients_kernel", blocks)
         of_text = (self.text["text_key"], self.text["text_value"])
         dkey, dvalue = (x.new_empty(shares, *x.shape, dtype=torch.float32) for x in of_text)
-        tensors: dict[str, Any] = {"query": self.key, "grad": self.value, "lse": lse, "minus_delta": minus_delta}
+        tensors: dict[str, Any] = {"query": self.tokens, "grad": self.columns, "lse": lse, "minus_delta": minus_delta}
         self.launch(text_gradients_kernel, blocks, dkey=dkey, dvalue=dvalue, **tensors)
-        return dkey.sum(0).to(self.key.dtype), dvalue.sum(0).to(self.key.dtype)
+        return dkey.sum(0).to(self.tokens.dtype), dvalue.sum(0).to(self.tokens.dtype)
 
     def launch(self, kernel: Any, blocks: int, *, normalized: bool = False, **tensors: torch.Tensor | None) -> None:
         """Run a kernel over `blocks` times the shares times the heads."""
-        batch, heads, tokens, _ = self.key.shape
+        batch, heads, num_tokens, _ = self.tokens.shape
         if not batch * heads:
             return
         launch, share, shares = self.plan(kernel.__name__, blocks)
@@ -130,7 +131,7 @@ class Call:
         weighted = given["weights"] is not None
         numbers = {
             "heads": heads,
-            "num_tokens": tokens,
+            "num_tokens": num_tokens,
             "num_text": self.num_text,
             "share": share,
             "scale": self.scale,
@@ -150,7 +151,7 @@ class Call:
             "HAS_TEXT": self.num_text > 0,
             "HAS_BIAS": self.has_bias,
             # Products with the state in the tokens' own dtype, the state in two summands; fp16 has not the range.
-            "SPLIT": self.key.dtype == torch.bfloat16,
+            "SPLIT": self.tokens.dtype == torch.bfloat16,
             "PRECISION": self.precision,
         }
         arguments: dict[str, Any] = {}
@@ -162,14 +163,14 @@ class Call:
                 arguments[name] = numbers[name]
             else:
                 tensor = given.get(name)
-                arguments[name] = self.key if tensor is None else tensor  # where there is none it is not read
+                arguments[name] = self.tokens if tensor is None else tensor  # where there is none it is not read
         grid = (blocks, shares, batch * heads)
         options = {"num_warps": launch.warps, "num_stages": launch.stages}
-        run_kernel(kernel, grid, self.key.device, **arguments, **options)
+        run_kernel(kernel, grid, self.tokens.device, **arguments, **options)
 
     def _launch(self, kernel: str) -> Launch:
-        chip = chip_of(self.key.device)
-        return choose_launch(kernel, max(self.sides), self.key.dtype, chip, self.num_text > 0)
+        chip = chip_of(self.tokens.device)
+        return choose_launch(kernel, max(self.sides), self.tokens.dtype, chip, self.num_text > 0)
 
 
 @functools.cache

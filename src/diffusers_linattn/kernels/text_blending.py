@@ -43,7 +43,7 @@ def blend_text(
 
     call = Call(query, sums, "none", text_key, text_value, text_bias, scale=scale)
     out, lse = empty_like(sums, query.dtype), torch.empty_like(counts, memory_format=torch.contiguous_format)
-    tensors: dict[str, Any] = {"query": call.key, "value": call.value, "counts": counts.contiguous()}
+    tensors: dict[str, Any] = {"query": call.tokens, "value": call.columns, "counts": counts.contiguous()}
     call.launch(blend_kernel, call.column_blocks, out=out, lse=lse, **tensors)
     return out, lse
 
@@ -79,8 +79,8 @@ def blend_text_backward(
     call.launch(
         blend_gradients_kernel,
         1,
-        query=call.key,
-        grad=call.value,
+        query=call.tokens,
+        grad=call.columns,
         out=out,
         lse=lse,
         dquery=None if text_key is None else dquery,
