@@ -396,11 +396,12 @@ def test_does_not_compile_once_per_size(given, order):
         ("odd grid", {"direction": "alternate"}, "'forward', 'backward', 'bidirectional'"),
         ("odd grid", {"order": "diagonal"}, "'rows', 'columns'"),
         ("odd grid", {"feature_map": "gelu"}, "Unknown feature_map 'gelu'"),
+        ("odd grid", {"path": 4}, "path is 4, which scan_path never gives"),
         ("odd grid", {"feature_map": None}, "or normalize=False"),
         ("77 text first", {"normalize": False}, "no denominator to share with text"),
         ("odd grid", {"mask": torch.ones(35, 35, dtype=torch.bool).tril()}, "cannot honour a pairwise mask"),
     ],
-    ids=["impl", "direction", "order", "feature map", "no feature map", "text", "pairwise mask"],
+    ids=["impl", "direction", "order", "feature map", "path", "no feature map", "text", "pairwise mask"],
 )
 def test_errors(name, arguments, match):
     layout = LAYOUTS[name]

@@ -471,6 +471,7 @@ def test_compiles_once_for_all_sizes(given):
         ({"window": 0}, "window must be an integer of at least 1"),
         ({"temporal_window": 0}, "temporal_window must be an integer of at least 1"),
         ({"far_weight": torch.zeros(3)}, r"each of the 6 heads of query, got \(3,\) of torch.float32"),
+        ({"far_weight": 0.1}, "far_weight is a float, expected a tensor"),
         ({"far_weight": torch.zeros(1, 6)}, r"got \(1, 6\)"),
         ({"far_weight": torch.zeros(6, dtype=torch.int64)}, "got .* of torch.int64"),
         ({"mask": torch.ones(2, 1, 1, 34, dtype=torch.bool)}, "does not broadcast"),

@@ -345,12 +345,30 @@ def test_compiled_pairwise_mask_is_checked_at_run_time():
         ({"impl": "triton"}, "impl='triton' cannot answer this call: it needs an NVIDIA GPU"),
         ({"feature_map": "gelu"}, "'relu', 'elu', 'softmax', or a pair"),
         ({"feature_map": None}, "Unknown feature_map None"),
+        ({"feature_map": (torch.exp, lambda x: x[..., :8].exp())}, "queries 16 features and keys 8"),
+        (
+            {"feature_map": (torch.exp, lambda x: x[:, :, 1:].exp())},
+            "made .* expected .batch, heads, tokens, features.",
+        ),
+        ({"heads": 2.0}, "heads must be an integer"),
         ({"heads": 3}, "heads=3 does not divide the 32 channels of query"),
         ({"heads": 0}, "heads must be an integer of at least 1"),
         ({"heads": 1, "mask": torch.ones(2, 2, 1, 35, dtype=torch.bool)}, "differs between heads"),
         ({"mask": torch.ones(2, 1, 1, 34, dtype=torch.bool)}, "does not broadcast"),
     ],
-    ids=["impl", "no GPU", "feature map", "no feature map", "heads", "zero heads", "mask per head", "mask"],
+    ids=[
+        "impl",
+        "no GPU",
+        "feature map",
+        "no feature map",
+        "other features",
+        "lost tokens",
+        "fractional heads",
+        "heads",
+        "zero heads",
+        "mask per head",
+        "mask",
+    ],
 )
 def test_errors(arguments, match):
     layout = LAYOUTS["odd grid"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -400,6 +401,11 @@ ERRORS = {
         "it takes a mask of keys.* use impl='tiled'",
     ),
     "mask": ({"mask": torch.ones(3, dtype=torch.bool)}, "does not broadcast"),
+    "mask of integers": ({"mask": torch.ones(95, dtype=torch.int64)}, "expected bool .* pass mask.bool"),
+    "mask without sides": ({"mask": torch.tensor(True)}, "does not broadcast"),
+    "mask elsewhere": ({"mask": torch.ones(95, dtype=torch.bool, device="meta")}, "mask is on meta and query on cpu"),
+    "list as mask": ({"mask": [True] * 95}, "mask is a list, expected a tensor"),
+    "endless window": ({"window": 2**40}, "window must be at most 16777216"),
     "mask with gradient": ({"mask": torch.zeros(95, requires_grad=True)}, "requires a gradient"),
     "pooled alone": ({"pooled_key": torch.randn(1, HEADS, 2, DIM)}, "got only one of them"),
     "pooled dimensions": (
@@ -432,7 +438,40 @@ def test_errors(kwargs, message):
         local_attention(*tensors, layout, **{"window": 3, **kwargs})
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x.long(), "query is torch.int64, expected torch.float32"),
+        (lambda x: x.to(torch.float8_e4m3fn), "query is torch.float8_e4m3fn"),
+        (lambda x: x[:, :0], "at least one head"),
+        (lambda x: x[..., :0], "at least one head and one channel"),
+        (lambda x: x.numpy(), "query is a ndarray, expected a tensor"),
+    ],
+    ids=["integers", "fp8", "no heads", "no channels", "no tensor"],
+)
+def test_what_no_attention_takes(change, message):
+    layout = LAYOUTS["odd"]
+    query, key, value = make_inputs(layout, torch.float32)[:3]
+    with pytest.raises(ValueError, match=message):
+        local_attention(change(query), change(key), change(value), layout, window=3)
+
+
+def test_tangents_are_refused_not_dropped():
+    layout = LAYOUTS["odd"]
+    query, key, value = make_inputs(layout, torch.float32)[:3]
+
+    def tangent(impl):
+        attend = functools.partial(local_attention, key=key, value=value, layout=layout, window=3, impl=impl)
+        return torch.func.jvp(attend, (query,), (torch.ones_like(query),))[1]
+
+    assert tangent("reference").abs().max() > 0
+    with pytest.raises(ValueError, match="no forward-mode derivative.*impl='reference'"):
+        tangent("tiled")
+
+
 def test_wrong_layout():
     tensors = make_inputs(LAYOUTS["odd"], torch.float32)[:3]
+    with pytest.raises(ValueError, match="expected a TokenLayout"):
+        local_attention(*tensors, (1, 9, 10), window=3)
     with pytest.raises(ValueError, match="Build the TokenLayout for the tokens of this call"):
         local_attention(*tensors, LAYOUTS["video"], window=3)

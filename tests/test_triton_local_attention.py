@@ -134,12 +134,14 @@ def test_head_dims_that_are_no_power_of_two(dim):
         torch.testing.assert_close(a, b, atol=3e-6, rtol=1e-5)
 
 
-def test_strides_of_any_kind():
+@pytest.mark.parametrize("apart", [None, 0, 1, 2], ids=["none", "query", "key", "value"])
+def test_strides_of_any_kind(apart):
     """Slices of one fused projection, channels apart, and a gradient that is one number everywhere."""
     layout = SMALL["small"]
     fused = torch.randn(1, layout.length, 3, HEADS, DIM)
     tensors = [fused[:, :, i].transpose(1, 2) for i in range(3)]
-    tensors[2] = tensors[2].transpose(2, 3).contiguous().transpose(2, 3)
+    if apart is not None:
+        tensors[apart] = tensors[apart].transpose(2, 3).contiguous().transpose(2, 3)
     results = []
     for impl in ("triton", "reference"):
         leaves = [x.detach().requires_grad_() for x in tensors]

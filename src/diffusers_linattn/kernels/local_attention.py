@@ -75,7 +75,7 @@ def local_attention_triton(
         [*call.strides, *strides_of(out)],
         [scale * LOG2_E, *call.sizes, len(lists.visited), lists.text_items, len(lists.items)],
         [*call.dims, *queries, *keys, lists.isotropic, queries[0] * keys[0] > 1 and temporal_window is not None],
-        [mask is not None, call.num_pooled > 0, call.precision],
+        [call.has_bias, call.num_pooled > 0, call.precision],
     )
     return out, lse
 
@@ -125,7 +125,7 @@ def local_attention_triton_backward(
         [*call.strides, *strides_of(out), *strides_of(grad), *strides_of(dquery)],
         [scale, scale * LOG2_E, *call.sizes, len(lists.visited), lists.text_items, len(lists.items)],
         [*call.dims, *queries, *keys, lists.isotropic, queries[0] * keys[0] > 1 and temporal_window is not None],
-        [mask is not None, call.num_pooled > 0, call.precision],
+        [call.has_bias, call.num_pooled > 0, call.precision],
     )
     _, key, value, pooled_key, pooled_value = call.tensors
     dkey, dvalue = call.key_gradients(key, value, grad, lse, delta, pooled=False)
@@ -184,6 +184,7 @@ class _Call:
         self.window = (TokenLayout.decode(layout), window, temporal_window)
         _check_reach(self.window[0], max(x.stride(2) for x in self.tensors))
         self.scale, self.num_pooled = scale, pooled_key.shape[2]
+        self.has_bias = mask is not None
         self.bias, bias_strides = query, [0, 0]  # not read without a mask
         if mask is not None:
             self.bias = log2_bias(mask).expand(*query.shape[:2], -1)
@@ -214,7 +215,7 @@ class _Call:
         tiles = self.configuration.key_gradients
         num_pooled = self.num_pooled if pooled else 0
         lists, keys, queries = plan(*self.window, tiles, owners_are_keys=True, num_pooled=num_pooled)
-        has_bias = self.bias is not query and not pooled
+        has_bias = self.has_bias and not pooled
         dkey, dvalue = empty_like(key), empty_like(value)
         shape = (2, batch, heads, lists.slots, tiles.owner, self.dims[1])
         partial = query.new_empty(shape, dtype=torch.float32)

@@ -17,5 +17,7 @@ def scan_path(direction: str, order: str) -> int:
 
 def describe_path(path: int, both: bool) -> tuple[str, str]:
     """The inverse of [`scan_path`]: direction and order."""
+    if path not in range(_FIRST_PATH, _FIRST_PATH + 4):
+        raise ValueError(f"path is {path!r}, which scan_path never gives: pass direction and order instead.")
     columns, backward = divmod(path - _FIRST_PATH, 2)
     return "bidirectional" if both else DIRECTIONS[backward], ORDERS[columns]

@@ -22,7 +22,8 @@ def resolve_feature_map(feature_map: FeatureMapArgument) -> tuple[FeatureMap, Fe
             non-negative where there is a denominator.
 
     Raises:
-        ValueError: An unknown name, or anything else that is not a pair of callables.
+        ValueError: An unknown name, or anything else that is not a pair of callables; when the functions are called,
+            features that are not of the same batch, heads and tokens.
 
     Example:
         >>> import torch
@@ -35,11 +36,29 @@ def resolve_feature_map(feature_map: FeatureMapArgument) -> tuple[FeatureMap, Fe
         return (lambda x: named(full_precision(x))), (lambda x: named(full_precision(x)))
     if isinstance(feature_map, (tuple, list)) and len(feature_map) == 2 and all(map(callable, feature_map)):
         of_query, of_key = feature_map
-        return (lambda x: full_precision(of_query(x))), (lambda x: full_precision(of_key(x)))
+        return (lambda x: _features_of(x, of_query)), (lambda x: _features_of(x, of_key))
     raise ValueError(
         f"Unknown feature_map {feature_map!r}: expected one of {', '.join(map(repr, FEATURE_MAPS))}, or a pair "
         "(query_features, key_features) of callables for a learned map such as hedgehog."
     )
+
+
+def _features_of(x: torch.Tensor, learned_map: FeatureMap) -> torch.Tensor:
+    features = learned_map(x)
+    if features.shape[:-1] != x.shape[:-1]:
+        raise ValueError(
+            f"The feature map made {tuple(features.shape)} of {tuple(x.shape)}: expected (batch, heads, tokens, "
+            "features) of the same batch, heads and tokens."
+        )
+    return full_precision(features)
+
+
+def check_features(phi_q: torch.Tensor, phi_k: torch.Tensor) -> None:
+    """Raise a ValueError unless queries have as many features as keys."""
+    if phi_q.shape[-1] != phi_k.shape[-1]:
+        raise ValueError(
+            f"The feature map gives queries {phi_q.shape[-1]} features and keys {phi_k.shape[-1]}: expected as many."
+        )
 
 
 def full_precision(x: torch.Tensor) -> torch.Tensor:

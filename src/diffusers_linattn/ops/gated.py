@@ -12,8 +12,14 @@ from diffusers_linattn.kernels.scan_paths import DIRECTIONS, ORDERS, describe_pa
 from diffusers_linattn.kernels.text_blending import blend_text
 from diffusers_linattn.layout import TokenLayout
 from diffusers_linattn.ops import reference
-from diffusers_linattn.ops.checks import check_attention_inputs, check_choice, repeat_heads
-from diffusers_linattn.ops.features import FeatureMapArgument, full_precision, resolve_feature_map
+from diffusers_linattn.ops.checks import (
+    check_attention_inputs,
+    check_choice,
+    check_tensor,
+    refuse_tangents,
+    repeat_heads,
+)
+from diffusers_linattn.ops.features import FeatureMapArgument, check_features, full_precision, resolve_feature_map
 from diffusers_linattn.ops.gated_choice import choose_impl, why_not_triton
 from diffusers_linattn.ops.gated_chunked import gated_scan
 from diffusers_linattn.ops.gated_fla import fla_scan, load_chunk_gla
@@ -102,8 +108,8 @@ def gated_linear_attention(
             f"normalize=False has no denominator to share with text, but the layout is {layout}: use normalize=True, "
             "or a layout of image tokens alone."
         )
-    key_heads = key.shape[1] if key.ndim == 4 else 0
     check_attention_inputs(query, key, value, layout, mask, enable_gqa)
+    key_heads = key.shape[1]
     key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
     of_query, of_key = (full_precision, full_precision) if feature_map is None else resolve_feature_map(feature_map)
     if not layout.grids:
@@ -117,8 +123,11 @@ def gated_linear_attention(
     fused = name in IN_KERNEL_FEATURES and key_mask is None and len(layout.grids) == 1
     fused = fused and (impl or choose_impl(query, value, query.shape[-1])) == "triton"
     phi_q, phi_k = (query, key) if fused else (of_query(query), of_key(key))
+    check_features(phi_q, phi_k)
     gate = _check_gate(gate, phi_k, key_heads).to(torch.promote_types(phi_k.dtype, torch.float32))
     impl = impl or choose_impl(query, value, phi_k.shape[-1])
+    if impl != "reference":
+        refuse_tangents(impl, phi_q, phi_k, value, gate)
     if impl == "triton" and (reason := why_not_triton(query, value, phi_k.shape[-1])) is not None:
         raise ValueError(f"impl='triton' cannot answer this call: {reason}.")
 
@@ -224,6 +233,9 @@ def _blends_in_kernel(
 
 def _check_gate(gate: torch.Tensor, phi_k: torch.Tensor, key_heads: int) -> torch.Tensor:
     """The gate with as many heads as the query."""
+    check_tensor("gate", gate, phi_k)
+    if not gate.is_floating_point():
+        raise ValueError(f"gate is {gate.dtype}, expected floating: the logarithms of decays.")
     batch, heads, tokens, features = phi_k.shape
     if gate.ndim == 4 and gate.shape[1] == key_heads != heads:
         gate = gate.repeat_interleave(heads // key_heads, 1)

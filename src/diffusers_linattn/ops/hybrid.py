@@ -14,8 +14,15 @@ from torch.utils.checkpoint import checkpoint
 
 from diffusers_linattn.layout import TokenLayout
 from diffusers_linattn.ops import reference
-from diffusers_linattn.ops.checks import check_attention_inputs, check_choice, check_positive_int, repeat_heads
-from diffusers_linattn.ops.features import FeatureMapArgument, full_precision, resolve_feature_map
+from diffusers_linattn.ops.checks import (
+    check_attention_inputs,
+    check_choice,
+    check_tensor,
+    check_window,
+    refuse_tangents,
+    repeat_heads,
+)
+from diffusers_linattn.ops.features import FeatureMapArgument, check_features, full_precision, resolve_feature_map
 from diffusers_linattn.ops.local import IMPLS, attend_in_kernel, local_attention
 from diffusers_linattn.ops.local_choice import choose_impl
 from diffusers_linattn.ops.masks import KeyMask, reduce_to_key_mask, take
@@ -87,9 +94,9 @@ def hybrid_attention(
         torch.Size([1, 2, 247, 16])
     """
     check_choice("impl", impl, (None, *IMPLS))
-    check_positive_int("window", window)
+    check_window("window", window)
     if temporal_window is not None:
-        check_positive_int("temporal_window", temporal_window)
+        check_window("temporal_window", temporal_window)
     check_attention_inputs(query, key, value, layout, mask, enable_gqa)
     _check_far_weight(far_weight, query)
     if mask is not None and mask.requires_grad:
@@ -114,6 +121,7 @@ def hybrid_attention(
 
     if impl == "reference":
         phi_q, phi_k = of_query(query), of_key(key)
+        check_features(phi_q, phi_k)
         with torch.autocast(query.device.type, enabled=False):
             output = reference.hybrid_attention(
                 full_precision(query),
@@ -131,6 +139,8 @@ def hybrid_attention(
         return _zero_where_all_is_hidden(output, mask).to(value.dtype)
 
     impl = choose_impl(query, value, layout, window, temporal_window, mask) if impl is None else impl
+    if impl != "dense":
+        refuse_tangents(impl, query, key, value)
     attend = _attend_in_kernel if impl == "triton" else functools.partial(_attend_with_null_key, impl=impl)
     sums_of = functools.partial(_sums_of_kernel, layout) if impl == "triton" else _sums_beside_null_key
     with torch.autocast(query.device.type, enabled=False):
@@ -140,6 +150,7 @@ def hybrid_attention(
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, far_weight: torch.Tensor, *attended: torch.Tensor
     ) -> torch.Tensor:
         phi_q, phi_k = of_query(query), of_key(key)
+        check_features(phi_q, phi_k)
         weight = _weight_of_products(far_weight, phi_q, feature_map)
         with torch.autocast(query.device.type, enabled=False):
             near, null_weight = sums_of(*attended)
@@ -301,6 +312,7 @@ def _zero_where_all_is_hidden(output: torch.Tensor, mask: torch.Tensor | None) -
 
 
 def _check_far_weight(far_weight: torch.Tensor, query: torch.Tensor) -> None:
+    check_tensor("far_weight", far_weight, query)
     if far_weight.shape != query.shape[1:2] or not far_weight.is_floating_point():
         raise ValueError(
             f"far_weight must be one floating number for each of the {query.shape[1]} heads of query, got "

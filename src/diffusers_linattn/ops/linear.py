@@ -20,8 +20,14 @@ from diffusers_linattn.kernels.linear_attention import (
 from diffusers_linattn.kernels.text_blending import blend_text
 from diffusers_linattn.layout import TokenLayout
 from diffusers_linattn.ops import reference
-from diffusers_linattn.ops.checks import check_attention_inputs, check_choice, check_positive_int, repeat_heads
-from diffusers_linattn.ops.features import FeatureMapArgument, full_precision, resolve_feature_map
+from diffusers_linattn.ops.checks import (
+    check_attention_inputs,
+    check_choice,
+    check_positive_int,
+    refuse_tangents,
+    repeat_heads,
+)
+from diffusers_linattn.ops.features import FeatureMapArgument, check_features, full_precision, resolve_feature_map
 from diffusers_linattn.ops.local_tiled import masked_sdpa
 from diffusers_linattn.ops.masks import KeyMask, reduce_to_key_mask, take
 
@@ -88,7 +94,7 @@ def linear_attention(
     key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
     resolve_feature_map(feature_map)
     grid_query, grid_key, grid_value = query, key, value
-    if heads is not None and heads != query.shape[1]:
+    if heads is not None and check_positive_int("heads", heads) != query.shape[1]:
         _check_heads(heads, query, value, mask)
         grid_query, grid_key, grid_value = (regroup_heads(x, heads) for x in (query, key, value))
     if not layout.grids:
@@ -99,6 +105,8 @@ def linear_attention(
         impl = choose_impl(grid_query, grid_value, mask)
     elif impl == "triton" and (reason := why_not_triton(grid_query, grid_value, mask)) is not None:
         raise ValueError(f"impl='triton' cannot answer this call: {reason}.")
+    if impl == "triton":
+        refuse_tangents(impl, query, key, value)
     compute = {"triton": _by_kernels, "torch": _by_products, "reference": _by_reference}[impl]
 
     def of_grid_queries(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -146,6 +154,7 @@ def _by_products(
     """The output of the grid queries, (B, H, G, D), in fp32 or fp64."""
     of_query, of_key = resolve_feature_map(feature_map)
     phi_q, phi_k = of_query(take(query, layout.grids)), of_key(take(key, layout.grids))
+    check_features(phi_q, phi_k)
     with torch.autocast(query.device.type, enabled=False):
         if key_mask is not None:
             phi_k = phi_k * take(key_mask.weights(), layout.grids)
@@ -170,6 +179,7 @@ def _by_kernels(
     queries, keys = take(query, layout.grids), take(key, layout.grids)
     if name == "none":
         queries, keys = of_query(queries).to(query.dtype), of_key(keys).to(key.dtype)
+        check_features(queries, keys)
     with torch.autocast(query.device.type, enabled=False):
         weights = None if key_mask is None else take(key_mask.weights(), layout.grids)[..., 0]
         state, normalizer = linear_state(keys, take(value, layout.grids), weights, name)
@@ -218,6 +228,7 @@ def _by_reference(
     """The same by the specification."""
     of_query, of_key = resolve_feature_map(feature_map)
     phi_q, phi_k = of_query(query), of_key(key)
+    check_features(phi_q, phi_k)
     with torch.autocast(query.device.type, enabled=False):
         output = reference.linear_attention(
             full_precision(query),
@@ -317,7 +328,6 @@ def regroup_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def _check_heads(heads: int, query: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> None:
-    check_positive_int("heads", heads)
     for name, channels in (
         ("query", query.shape[1] * query.shape[-1]),
         ("value", value.shape[1] * value.shape[-1]),

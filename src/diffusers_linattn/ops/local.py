@@ -9,7 +9,14 @@ import torch
 from diffusers_linattn.kernels.local_attention import local_attention_triton
 from diffusers_linattn.layout import TokenLayout
 from diffusers_linattn.ops import reference
-from diffusers_linattn.ops.checks import check_attention_inputs, check_choice, check_positive_int, repeat_heads
+from diffusers_linattn.ops.checks import (
+    check_attention_inputs,
+    check_choice,
+    check_tensor,
+    check_window,
+    refuse_tangents,
+    repeat_heads,
+)
 from diffusers_linattn.ops.local_choice import choose_impl, why_not_triton, window_covers
 from diffusers_linattn.ops.local_tiled import local_attention_tiled, masked_sdpa
 
@@ -78,12 +85,12 @@ def local_attention(
         torch.Size([1, 2, 247, 16])
     """
     check_choice("impl", impl, (None, *IMPLS))
-    check_positive_int("window", window)
+    check_window("window", window)
     if temporal_window is not None:
-        check_positive_int("temporal_window", temporal_window)
+        check_window("temporal_window", temporal_window)
+    check_attention_inputs(query, key, value, layout, mask, enable_gqa)
     if mask is not None and mask.requires_grad:
         raise ValueError("The mask requires a gradient, which local_attention does not compute: pass mask.detach().")
-    check_attention_inputs(query, key, value, layout, mask, enable_gqa)
     pooled_key, pooled_value = _check_pooled(query, key, value, pooled_key, pooled_value)
     while mask is not None and mask.ndim < 4:
         mask = mask[None]
@@ -91,6 +98,8 @@ def local_attention(
 
     if impl is None:
         impl = choose_impl(query, value, layout, window, temporal_window, mask)
+    if impl in ("triton", "tiled"):
+        refuse_tangents(impl, query, key, value, pooled_key, pooled_value)
     if impl == "triton":
         tensors = (query, key, value, pooled_key, pooled_value)
         return attend_in_kernel(*tensors, mask, layout, window, temporal_window, scale)[0]
@@ -167,7 +176,9 @@ def _check_pooled(
     if pooled_key is None or pooled_value is None:
         batch, heads = key.shape[:2]
         return query.new_empty(batch, heads, 0, key.shape[3]), query.new_empty(batch, heads, 0, value.shape[3])
-    if pooled_key.ndim != 4 or pooled_key.shape[:3] != pooled_value.shape[:3]:
+    check_tensor("pooled_key", pooled_key, query)
+    check_tensor("pooled_value", pooled_value, query)
+    if not pooled_key.ndim == pooled_value.ndim == 4 or pooled_key.shape[:3] != pooled_value.shape[:3]:
         raise ValueError(
             "Expected (batch, heads, pooled tokens, head_dim) tensors, got "
             f"{tuple(pooled_key.shape)=}, {tuple(pooled_value.shape)=}."

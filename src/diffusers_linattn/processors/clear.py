@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from diffusers_linattn.layout import Segment, TokenLayout
-from diffusers_linattn.ops.checks import check_positive_int
+from diffusers_linattn.ops.checks import check_positive_int, check_window
 from diffusers_linattn.ops.local import local_attention
 from diffusers_linattn.ops.local_choice import choose_impl, choose_windowed, window_covers
 from diffusers_linattn.ops.masks import key_visibility
@@ -50,10 +50,10 @@ class ClearProcessor(BaseProcessor):
         impl: str | None = None,
     ) -> None:
         super().__init__(reset_projections=reset_projections, impl=impl)
-        self.window = check_positive_int("window", window)
+        self.window = check_window("window", window)
         self.down_factor = check_positive_int("down_factor", down_factor)
         if temporal_window is not None:
-            check_positive_int("temporal_window", temporal_window)
+            check_window("temporal_window", temporal_window)
         self.temporal_window = temporal_window
 
     def build(self, heads: int, head_dim: int, channels: int, index: int) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from diffusers_linattn.layout import TokenLayout
-from diffusers_linattn.ops.checks import check_choice, check_positive_int
+from diffusers_linattn.ops.checks import check_choice, check_window
 from diffusers_linattn.ops.hybrid import hybrid_attention
 from diffusers_linattn.processors.attention_call import AttentionCall
 from diffusers_linattn.processors.base import BaseProcessor
@@ -53,11 +53,11 @@ class HybridProcessor(BaseProcessor):
         impl: str | None = None,
     ) -> None:
         super().__init__(reset_projections=reset_projections, impl=impl)
-        self.window = check_positive_int("window", window)
+        self.window = check_window("window", window)
         check_choice("feature_map", feature_map, FEATURE_MAP_NAMES)
         self.feature_map = feature_map
         if temporal_window is not None:
-            check_positive_int("temporal_window", temporal_window)
+            check_window("temporal_window", temporal_window)
         self.temporal_window = temporal_window
 
     def build(self, heads: int, head_dim: int, channels: int, index: int) -> None:
