@@ -107,6 +107,45 @@ def test_installed_processors_set_elsewhere_are_copied() -> None:
     assert torch.equal(first(**tiny.flux_inputs(9, 6))[0], expected[9, 6])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("taken_out", ["restored", "replaced", "of another model"])
+def test_processors_are_not_put_back_without_the_trained_weights_around_them(taken_out: str) -> None:
+    model, other = linearize(tiny.flux(), ClearProcessor(window=2)), tiny.flux()
+    for layer in layers_of(model):
+        layer.processor.keep_original_weights(layer.attn, ["to_q.weight"])
+        layer.attn.to_q.weight.mul_(3)
+    trained = model(**tiny.flux_inputs())[0]
+    kept = dict(model.attn_processors)
+    model.set_attn_processor(dict(kept))
+    with original_attention(model):
+        assert torch.equal(model(**tiny.flux_inputs())[0], other(**tiny.flux_inputs())[0])
+    assert torch.equal(model(**tiny.flux_inputs())[0], trained)
+    if taken_out == "restored":
+        restore(model)
+    elif taken_out == "replaced":
+        linearize(model, LinearProcessor())
+    target = other if taken_out == "of another model" else model
+    before, expected = target.attn_processors, target(**tiny.flux_inputs())[0]
+    with pytest.raises(ValueError, match=r"took the trained projections out.* \(load_linear_attention\)"):
+        target.set_attn_processor(kept)
+    assert target.attn_processors == before
+    assert torch.equal(target(**tiny.flux_inputs())[0], expected)
+
+
+@pytest.mark.parametrize("make", [tiny.flux_pipeline, tiny.flux, tiny.dit_pipeline, tiny.dit], ids=lambda f: f.__name__)
+def test_what_is_no_processor_is_refused_at_once(make: Any) -> None:
+    target = make()
+    instance = r"Got the class ClearProcessor: give an instance of it, ClearProcessor\(\.\.\.\)\."
+    for given in (ClearProcessor, {"*": ClearProcessor}):
+        for call in (target.set_attn_processor, lambda given: linearize(target, given)):
+            with pytest.raises(ValueError, match=instance):
+                call(given)
+    for given, kind in ((None, "NoneType"), ("clear", "str"), ({"*": "clear"}, "str")):
+        with pytest.raises(ValueError, match=f"Got a {kind}: expected a processor such as ClearProcessor"):
+            target.set_attn_processor(given)
+    assert windows(target) == [None] * len(layers_of(target))
+
+
 def test_replacing_trained_processors_by_stock_ones_restores_the_weights() -> None:
     model, inputs = tiny.pixart(), tiny.pixart_inputs()
     state = copy.deepcopy(model.state_dict())
@@ -228,7 +267,7 @@ def test_converting_twice_replaces_and_none_makes_dense() -> None:
         (tiny.flux, ClearProcessor(), [1.5], "Expected a layer-name pattern"),
         (tiny.flux, ClearProcessor(), True, "Expected a layer-name pattern"),
         (tiny.flux, FluxAttnProcessor(), None, "expected a processor such as"),
-        (tiny.flux, ClearProcessor, None, "expected a processor such as"),
+        (tiny.flux, ClearProcessor, None, "give an instance of it"),
         (tiny.flux, LinearProcessor(heads=3), None, "does not divide the 32 channels"),
         (tiny.vae, ClearProcessor(), None, "AutoencoderKL is not a transformer that diffusers_linattn knows"),
         (object, ClearProcessor(), None, "Expected a diffusers pipeline or a transformer"),
