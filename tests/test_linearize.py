@@ -132,7 +132,9 @@ def test_processors_are_not_put_back_without_the_trained_weights_around_them(tak
     assert torch.equal(target(**tiny.flux_inputs())[0], expected)
 
 
-@pytest.mark.parametrize("make", [tiny.flux_pipeline, tiny.flux, tiny.dit_pipeline, tiny.dit], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "make", [tiny.flux_pipeline, tiny.flux, tiny.dit_pipeline, tiny.dit], ids=lambda f: f.__name__
+)
 def test_what_is_no_processor_is_refused_at_once(make: Any) -> None:
     target = make()
     instance = r"Got the class ClearProcessor: give an instance of it, ClearProcessor\(\.\.\.\)\."
