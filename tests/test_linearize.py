@@ -295,6 +295,32 @@ def test_a_pipeline_without_a_known_transformer_is_refused() -> None:
         linearize(Unknown(tiny.vae()), ClearProcessor())
 
 
+def test_what_is_no_transformer_is_told_what_it_is() -> None:
+    class FluxTransformer2DModels(torch.nn.Module):
+        pass
+
+    unet: Any = diffusers.UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8,),
+        norm_num_groups=8,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+    )
+    ddpm = diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler())
+    for given, name in ((unet, "UNet2DModel"), (ddpm, r"DDPMPipeline \(which holds UNet2DModel\)")):
+        with pytest.raises(ValueError, match=rf"{name} .*UNet2DModel is a U-Net: .* see docs/models.md\.$") as caught:
+            linearize(given, ClearProcessor())
+        assert "The closest" not in str(caught.value)
+    block: Any = tiny.flux().transformer_blocks[0]
+    for given, name in ((block, "FluxTransformerBlock"), (block.attn, "FluxAttention")):
+        with pytest.raises(ValueError, match=f"{name} is a part of a transformer: give the whole transformer"):
+            linearize(given, ClearProcessor())
+    with pytest.raises(ValueError, match=r"The closest is FluxTransformer2DModel\. Supported: "):
+        linearize(FluxTransformer2DModels(), ClearProcessor())
+    with pytest.raises(ValueError, match=r"Linear is not a transformer that diffusers_linattn knows\. Supported: "):
+        linearize(torch.nn.Linear(2, 2), ClearProcessor())
+
+
 @pytest.mark.parametrize(
     ("cls", "arguments", "match"),
     [

@@ -106,6 +106,15 @@ def test_loading_replaces_what_was_converted(tmp_path: Path) -> None:
         assert torch.equal(model(**tiny.flux_inputs())[0], expected)
 
 
+def test_folders_of_save_pretrained_are_told_apart(tmp_path: Path) -> None:
+    linearize(tiny.flux(), ClearProcessor(window=2)).save_pretrained(tmp_path / "model")
+    (tmp_path / "pipe").mkdir()
+    (tmp_path / "pipe" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    for name, kind in (("model", "FluxTransformer2DModel"), ("pipe", "FluxPipeline")):
+        with pytest.raises(ValueError, match=f"holds a {kind} as save_pretrained writes it: from_pretrained loads it"):
+            load_linear_attention(tiny.flux(), tmp_path / name)
+
+
 def test_nothing_to_save(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="No attention layer is converted"):
         save_linear_attention(tiny.flux(), tmp_path)

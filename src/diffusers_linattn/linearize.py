@@ -60,6 +60,8 @@ def transformers_of(pipe_or_model: Any) -> list[nn.Module]:
         model = getattr(pipe_or_model, "_orig_mod", pipe_or_model)  # torch.compile wraps the module
         if find_family(model) is None:
             name = type(model).__name__
+            if not hasattr(model, "config") and any(hasattr(part, "processor") for part in model.modules()):
+                raise ValueError(f"{name} is a part of a transformer: give the whole transformer, or the pipeline.")
             raise ValueError(
                 unsupported_message(f"{name} is not a transformer that diffusers_linattn knows.", type(model))
             )
