@@ -257,6 +257,10 @@ def test_files_of_settings_that_make_no_sense(
     (tmp_path / "run.yaml").write_text(content)
     assert main(["distill", "--config", str(tmp_path / "run.yaml")]) == 1
     assert match in capsys.readouterr().err
+    (tmp_path / "run.yaml").write_bytes("steps: 3  # höher\n".encode("latin-1"))
+    assert "run.yaml is not UTF-8: save it as such" in run(
+        capsys, "distill", "--config", tmp_path / "run.yaml", status=1
+    )
     assert "does not exist" in run(capsys, "distill", "--config", tmp_path / "none.yaml", status=1)
     (tmp_path / "run.yaml").write_text("steps: many\n")
     with pytest.raises(SystemExit) as caught:
