@@ -96,8 +96,13 @@ def test_errors_are_explained_on_one_line(
     error = run(capsys, "info", "me/nothing", status=1)
     assert error.startswith("diffusers-linattn info: There is no folder 'me/nothing' here")
     assert len(error.splitlines()) == 1
-    assert "does not exist" in run(capsys, "push", tmp_path / "nothing", REPO, status=1)
+    assert "nothing is no folder" in run(capsys, "push", tmp_path / "nothing", REPO, status=1)
     save_linear_attention(student(), tmp_path / "student")
+    assert "no repository me/no" in run(capsys, "push", tmp_path / "student", "me/no", "--create-pr", status=1)
+    weights = tmp_path / "student" / WEIGHTS_NAME
+    assert f"give its folder, '{tmp_path / 'student'}', and weight_name='{WEIGHTS_NAME}'" in run(
+        capsys, "info", weights, status=1
+    )
     picture = f"a cat={tmp_path / 'none.png'}"
     assert "is no picture file" in run(capsys, "push", tmp_path / "student", "me/new", "--image", picture, status=1)
     assert "me/new" not in hub.repos

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hub_server import Hub
 from PIL import Image
 
@@ -122,6 +123,9 @@ def test_prompts_pictures_and_resolutions(tmp_path: Path, capsys: pytest.Capture
     ):
         refused = run(capsys, "samples", *common, *source, *flag, "--output-dir", tmp_path / "x", status=1)
         assert f"{flag[0]} has no meaning with {source[0]}" in refused
+    for command in (["samples", "--output-dir", tmp_path / "x"], ["evaluate", "--processor", "clear"]):
+        refused = run(capsys, *command, *common[:2], "--classes", "0-9", status=1)
+        assert "FluxPipeline takes prompts, not classes: give --prompts FILE" in refused
     assert not (tmp_path / "x").exists()
 
 
@@ -253,6 +257,10 @@ def test_files_of_settings_that_make_no_sense(
     (tmp_path / "run.yaml").write_text(content)
     assert main(["distill", "--config", str(tmp_path / "run.yaml")]) == 1
     assert match in capsys.readouterr().err
+    (tmp_path / "run.yaml").write_bytes("steps: 3  # höher\n".encode("latin-1"))
+    assert "run.yaml is not UTF-8: save it as such" in run(
+        capsys, "distill", "--config", tmp_path / "run.yaml", status=1
+    )
     assert "does not exist" in run(capsys, "distill", "--config", tmp_path / "none.yaml", status=1)
     (tmp_path / "run.yaml").write_text("steps: many\n")
     with pytest.raises(SystemExit) as caught:
@@ -296,6 +304,23 @@ def test_errors_are_explained_before_a_model_is_loaded(
         with pytest.raises(SystemExit) as caught:
             main([str(argument) for argument in arguments])
         assert caught.value.code == 2
+    capsys.readouterr()
+    for flag, hint in (
+        ("--learning_rate=1e-3", " Did you mean --learning-rate?"),
+        ("--windw", " Did you mean --window?"),
+        ("--xyzzy", ""),
+        ("4", ""),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main([str(argument) for argument in ["distill", *places, "--processor", "clear", flag, "4"]])
+        assert caught.value.code == 2
+        error = capsys.readouterr().err
+        assert error.startswith("usage: diffusers-linattn distill --model ID_OR_PATH")
+        assert error.endswith(f"error: unrecognized arguments: {flag} 4.{hint}\n")
+    absent = "xpu" if torch.cuda.is_available() else "cuda"
+    for device in (absent, f"{absent}:1"):
+        refused = run(capsys, "distill", *places, "--processor", "clear", "--device", device, status=1)
+        assert f"--device {device}: torch {torch.__version__} finds no {absent} in this machine. Give cpu" in refused
     assert not (tmp_path / "out").exists()
 
 
@@ -318,7 +343,13 @@ def test_the_help_of_every_command_prints(capsys: pytest.CaptureFixture[str]) ->
         with pytest.raises(SystemExit) as caught:
             main([command, "--help"])
         assert caught.value.code == 0
-        assert capsys.readouterr().out.startswith(f"usage: diffusers-linattn {command}")
+        text = " ".join(capsys.readouterr().out.split())
+        assert text.startswith(f"usage: diffusers-linattn {command}")
+        if command in ("distill", "evaluate"):
+            assert "cut at the border (default: clear 16, hybrid 8)" in text
+            assert '"alternate" is DiG\'s own form' in text
+            assert "That part is quadratic in the tokens (default: 1)" in text
+            assert "projections afresh instead of inheriting them (default: off)" in text
 
 
 def test_an_interrupted_command_returns_130(monkeypatch: pytest.MonkeyPatch, capsys: Any, samples: Path) -> None:

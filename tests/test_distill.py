@@ -30,7 +30,10 @@ from diffusers_linattn import (
     DistillConfig,
     GLAProcessor,
     LinearProcessor,
+    choose_layers,
     distill,
+    encode_images,
+    evaluate,
     linearize,
     load_linear_attention,
     make_samples,
@@ -633,6 +636,22 @@ def test_optimizers_of_packages_that_are_missing(
     assert not (tmp_path / "student").exists()
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model, path: distill(model, path, path / "out"),
+        lambda model, path: choose_layers(model, ClearProcessor(), path),
+        lambda model, path: evaluate(model, ["a cat"]),
+        lambda model, path: make_samples(model, ["a cat"], path / "out"),
+        lambda model, path: encode_images(model, path, path / "out"),
+    ],
+)
+def test_a_transformer_is_no_pipeline(call: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Got a FluxTransformer2DModel: give the pipeline, not its transformer"):
+        call(linearize(tiny.flux(), ClearProcessor()), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_output_directory_with_something_else_is_left_alone(samples: Samples, tmp_path: Path) -> None:
     out = tmp_path / "student"
     out.mkdir()
@@ -642,7 +661,7 @@ def test_an_output_directory_with_something_else_is_left_alone(samples: Samples,
     assert [path.name for path in out.iterdir()] == ["notes.txt"]
     (out / "notes.txt").unlink()
     distill(student(), samples, out, **QUICK)
-    with pytest.raises(ValueError, match="holds the finished result of this very run"):
+    with pytest.raises(ValueError, match="holds the finished result of this very run.*linattn push .*student REPO"):
         distill(student(), samples, out, **QUICK)
     with pytest.raises(ValueError, match="holds a run with other recipe: learning_rate"):
         distill(student(), samples, out, **QUICK, learning_rate=1e-5)

@@ -150,7 +150,7 @@ def test_a_pull_request_and_its_merge(hub: Hub) -> None:
     assert torch.equal(output(load_linear_attention(tiny.flux(), REPO)), output(second))
     with pytest.raises(ValueError, match="create_pr=True opens its own branch"):
         push(create_pr=True, revision="experiment")
-    with pytest.raises(HubError, match="no such repository"):
+    with pytest.raises(HubError, match="no repository me/nothing on the Hub to open a pull request in"):
         push_linear_attention(student(), "me/nothing", create_pr=True)
 
 
@@ -174,7 +174,7 @@ def test_gated(hub: Hub) -> None:
 
 def test_a_token_that_is_refused(hub: Hub) -> None:
     push()
-    check_unchanged(tiny.flux(), "The token is not accepted", REPO, token="hf_wrong")
+    check_unchanged(tiny.flux(), "There is no token, or it is not accepted", REPO, token="hf_wrong")
     with pytest.raises(HubError, match=r"may not do that.*write access"):
         push(student(seed=3), token=STRANGER)
     with pytest.raises(HubError, match="may not do that"):
@@ -195,7 +195,7 @@ def test_that_a_push_will_fail_is_known_before_the_work(hub: Hub, monkeypatch: p
         ("you/flux-clear", OWNER, "me cannot push to you/flux-clear, only to repositories of lab, me"),
         ("club/flux-clear", OWNER, "me cannot push to club/flux-clear"),
         (REPO, READER, "The token of me may only read"),
-        (REPO, "hf_wrong", "The token is not accepted: log in"),
+        (REPO, "hf_wrong", "There is no token, or it is not accepted: log in"),
     ):
         with pytest.raises(ValueError, match=message):
             check_can_push(repo_id, token=token)
@@ -220,8 +220,13 @@ def test_what_is_not_there(hub: Hub) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             load_linear_attention(tiny.flux(), REPO, **options)
+    for local in ("./no/such/folder", "../no", "/no/such", Path("no/such")):
+        hub.log.clear()
+        with pytest.raises(ValueError, match=f"There is no folder {local} here"):
+            load_linear_attention(tiny.flux(), local)
+        assert not hub.log
     with pytest.raises(ValueError, match="is neither a folder here nor the id of a repository"):
-        load_linear_attention(tiny.flux(), "./no/such/folder")
+        load_linear_attention(tiny.flux(), "no/such/folder")
 
 
 def test_offline_with_and_without_cache(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,6 +107,47 @@ def test_installed_processors_set_elsewhere_are_copied() -> None:
     assert torch.equal(first(**tiny.flux_inputs(9, 6))[0], expected[9, 6])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("taken_out", ["restored", "replaced", "of another model"])
+def test_processors_are_not_put_back_without_the_trained_weights_around_them(taken_out: str) -> None:
+    model, other = linearize(tiny.flux(), ClearProcessor(window=2)), tiny.flux()
+    for layer in layers_of(model):
+        layer.processor.keep_original_weights(layer.attn, ["to_q.weight"])
+        layer.attn.to_q.weight.mul_(3)
+    trained = model(**tiny.flux_inputs())[0]
+    kept = dict(model.attn_processors)
+    model.set_attn_processor(dict(kept))
+    with original_attention(model):
+        assert torch.equal(model(**tiny.flux_inputs())[0], other(**tiny.flux_inputs())[0])
+    assert torch.equal(model(**tiny.flux_inputs())[0], trained)
+    if taken_out == "restored":
+        restore(model)
+    elif taken_out == "replaced":
+        linearize(model, LinearProcessor())
+    target = other if taken_out == "of another model" else model
+    before, expected = target.attn_processors, target(**tiny.flux_inputs())[0]
+    with pytest.raises(ValueError, match=r"took the trained projections out.* \(load_linear_attention\)"):
+        target.set_attn_processor(kept)
+    assert target.attn_processors == before
+    assert torch.equal(target(**tiny.flux_inputs())[0], expected)
+
+
+@pytest.mark.parametrize(
+    "make", [tiny.flux_pipeline, tiny.flux, tiny.dit_pipeline, tiny.dit], ids=lambda f: f.__name__
+)
+def test_what_is_no_processor_is_refused_at_once(make: Any) -> None:
+    target = make()
+    instance = r"Got the class ClearProcessor: give an instance of it, ClearProcessor\(\.\.\.\)\."
+    for given in (ClearProcessor, {"*": ClearProcessor}):
+        for call in (target.set_attn_processor, lambda given: linearize(target, given)):
+            with pytest.raises(ValueError, match=instance):
+                call(given)
+    for given, kind in ((None, "NoneType"), ("clear", "str"), ({"*": "clear"}, "str")):
+        with pytest.raises(ValueError, match=f"Got a {kind}: expected a processor such as ClearProcessor"):
+            target.set_attn_processor(given)
+    assert windows(target) == [None] * len(layers_of(target))
+
+
 def test_replacing_trained_processors_by_stock_ones_restores_the_weights() -> None:
     model, inputs = tiny.pixart(), tiny.pixart_inputs()
     state = copy.deepcopy(model.state_dict())
@@ -228,7 +269,7 @@ def test_converting_twice_replaces_and_none_makes_dense() -> None:
         (tiny.flux, ClearProcessor(), [1.5], "Expected a layer-name pattern"),
         (tiny.flux, ClearProcessor(), True, "Expected a layer-name pattern"),
         (tiny.flux, FluxAttnProcessor(), None, "expected a processor such as"),
-        (tiny.flux, ClearProcessor, None, "expected a processor such as"),
+        (tiny.flux, ClearProcessor, None, "give an instance of it"),
         (tiny.flux, LinearProcessor(heads=3), None, "does not divide the 32 channels"),
         (tiny.vae, ClearProcessor(), None, "AutoencoderKL is not a transformer that diffusers_linattn knows"),
         (object, ClearProcessor(), None, "Expected a diffusers pipeline or a transformer"),
@@ -252,6 +293,32 @@ def test_a_pipeline_without_a_known_transformer_is_refused() -> None:
 
     with pytest.raises(ValueError, match=r"Unknown \(which holds AutoencoderKL\).*Supported: .*DiTTransformer2DModel"):
         linearize(Unknown(tiny.vae()), ClearProcessor())
+
+
+def test_what_is_no_transformer_is_told_what_it_is() -> None:
+    class FluxTransformer2DModels(torch.nn.Module):
+        pass
+
+    unet: Any = diffusers.UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8,),
+        norm_num_groups=8,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+    )
+    ddpm = diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler())
+    for given, name in ((unet, "UNet2DModel"), (ddpm, r"DDPMPipeline \(which holds UNet2DModel\)")):
+        with pytest.raises(ValueError, match=rf"{name} .*UNet2DModel is a U-Net: .* see docs/models.md\.$") as caught:
+            linearize(given, ClearProcessor())
+        assert "The closest" not in str(caught.value)
+    block: Any = tiny.flux().transformer_blocks[0]
+    for given, name in ((block, "FluxTransformerBlock"), (block.attn, "FluxAttention")):
+        with pytest.raises(ValueError, match=f"{name} is a part of a transformer: give the whole transformer"):
+            linearize(given, ClearProcessor())
+    with pytest.raises(ValueError, match=r"The closest is FluxTransformer2DModel\. Supported: "):
+        linearize(FluxTransformer2DModels(), ClearProcessor())
+    with pytest.raises(ValueError, match=r"Linear is not a transformer that diffusers_linattn knows\. Supported: "):
+        linearize(torch.nn.Linear(2, 2), ClearProcessor())
 
 
 @pytest.mark.parametrize(

@@ -231,6 +231,8 @@ def test_pictures_of_videos_and_of_classes() -> None:
         (PROMPTS, {"batch_size": 1.5}, "batch_size must be"),
         (PROMPTS, {"num_inference_steps": 0}, "num_inference_steps must be"),
         (PROMPTS, {"resolutions": []}, "resolutions is empty"),
+        (PROMPTS, {"resolutions": 1024}, r"resolutions is 1024, expected a list of \(height, width\)"),
+        (PROMPTS, {"resolutions": "24x32"}, r"resolutions is '24x32', expected a list of \(height, width\)"),
         (PROMPTS, {"resolutions": [24]}, r"resolutions\[0\] is 24, expected \(height, width\)"),
         (PROMPTS, {"resolutions": [(24, 0)]}, r"resolutions\[0\] must be"),
         (PROMPTS, {"call_arguments": {"image": object()}}, "call_arguments must be JSON-able"),
@@ -247,6 +249,13 @@ def test_prompts_of_files_and_classes(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a cat\n\n the red cat \na cat\n")
     samples = make_samples(tiny.flux_pipeline(), str(tmp_path / "prompts.txt"), tmp_path / "flux", **CALL)
     assert samples.manifest["settings"]["prompts"] == ["a cat", "the red cat"]
+    (tmp_path / "marked.txt").write_bytes("\ufeffa cät\r\nred\u2028letter\x0c 1\r\n".encode())
+    samples = make_samples(tiny.flux_pipeline(), tmp_path / "marked.txt", tmp_path / "marked", **CALL)
+    assert samples.manifest["settings"]["prompts"] == ["a cät", "red\u2028letter\x0c 1"]
+    for encoding in ("latin-1", "utf-16"):
+        (tmp_path / "prompts.txt").write_text("a cät\n", encoding=encoding)
+        with pytest.raises(ValueError, match=r"prompts\.txt is not UTF-8: save it as such"):
+            make_samples(tiny.flux_pipeline(), tmp_path / "prompts.txt", tmp_path / "other", **CALL)
     dit = PIPELINES["DiT"].make()
     (tmp_path / "labels.txt").write_text("3\n999\n")
     samples = make_samples(dit, tmp_path / "labels.txt", tmp_path / "dit", 3, num_inference_steps=1)

@@ -129,6 +129,11 @@ def test_captions_in_one_file(folder: Path, tmp_path: Path) -> None:
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     samples = encode_images(tiny.flux_pipeline(), folder, tmp_path / "samples", captions="title", **CALL)
     assert [samples.prompt_of(i) for i in range(2)] == ["a dog", "the red cat"]
+    rows[0]["title"] = "a\u2028cat"
+    lines = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (folder / "metadata.jsonl").write_bytes(f"\ufeff{lines}\r\n".encode())
+    samples = encode_images(tiny.flux_pipeline(), folder, tmp_path / "marked", captions="title", **CALL)
+    assert [samples.prompt_of(i) for i in range(2)] == ["a dog", "a\u2028cat"]
     with pytest.raises(ValueError, match=r"metadata.jsonl, line 1 has no caption: expected one of text, caption"):
         encode_images(tiny.flux_pipeline(), folder, tmp_path / "other", **CALL)
     (folder / "metadata.jsonl").write_text('{"file_name": "9.png", "text": "a cat"}')

@@ -21,6 +21,7 @@ from diffusers_linattn import (
     save_linear_attention,
 )
 from diffusers_linattn.linearize import layers_of
+from diffusers_linattn.sharing.summary import summarize
 from diffusers_linattn.weights import CONFIG_NAME, WEIGHTS_NAME
 
 import tiny
@@ -104,6 +105,16 @@ def test_loading_replaces_what_was_converted(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = linearize(tiny.flux(), ClearProcessor(window=2))(**tiny.flux_inputs())[0]
         assert torch.equal(model(**tiny.flux_inputs())[0], expected)
+
+
+def test_folders_of_save_pretrained_are_told_apart(tmp_path: Path) -> None:
+    linearize(tiny.flux(), ClearProcessor(window=2)).save_pretrained(tmp_path / "model")
+    (tmp_path / "pipe").mkdir()
+    (tmp_path / "pipe" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    for name, kind in (("model", "FluxTransformer2DModel"), ("pipe", "FluxPipeline")):
+        for call in (lambda path: load_linear_attention(tiny.flux(), path), summarize):
+            with pytest.raises(ValueError, match=f"a {kind} as save_pretrained writes it: from_pretrained loads it"):
+                call(tmp_path / name)
 
 
 def test_nothing_to_save(tmp_path: Path) -> None:

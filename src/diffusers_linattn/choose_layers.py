@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from diffusers_linattn.generation import check_pipeline
 from diffusers_linattn.linearize import layers_of, linearize, restore, single_transformer_of
 from diffusers_linattn.ops.checks import check_positive_int
 from diffusers_linattn.processors import BaseProcessor
@@ -72,6 +73,7 @@ def choose_layers(
         >>> choice = choose_layers(pipe, LinearProcessor(), "samples/", keep=0.5)  # doctest: +SKIP
         >>> linearize(pipe, choice.mapping)  # doctest: +SKIP
     """
+    check_pipeline(pipe)
     ignored = sorted({"transfer_steps", "steps", "validation_steps", "report_to", "ema_decay"} & options.keys())
     if ignored:
         raise ValueError(f"choose_layers has no setting {', '.join(ignored)}: steps= is its number of steps.")

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from diffusers_linattn.files import as_read_back, nearest_existing, read_json, write_json
+from diffusers_linattn.generation import check_pipeline
 from diffusers_linattn.linearize import Layer, layers_of, single_transformer_of
 from diffusers_linattn.lora import lora_to_save
 from diffusers_linattn.samples import ONE_TRANSFORMER, Samples
@@ -83,6 +84,7 @@ def distill(
         >>> linearize(pipe, ClearProcessor(window=16))  # doctest: +SKIP
         >>> distill(pipe, "samples/", "student/", batch_size=1, gradient_accumulation_steps=8)  # doctest: +SKIP
     """
+    check_pipeline(pipe)
     config = DistillConfig.of(config, options)
     model = single_transformer_of(pipe, ONE_TRANSFORMER)
     layers = [layer for layer in layers_of(model) if layer.processor is not None]
@@ -160,7 +162,7 @@ def _check_directory(directory: Path, settings: Mapping[str, Any]) -> None:
     if (directory / CONFIG_NAME).exists():
         raise ValueError(
             f"output_dir {directory} holds the finished result of this very run: load it with load_linear_attention, "
-            "or give another output_dir."
+            f"publish it with `diffusers-linattn push {directory} REPO`, or give another output_dir."
         )
 
 

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from diffusers_linattn.evaluation.metrics import Metrics, make_measures, measure
 from diffusers_linattn.evaluation.pictures import Pictures, Prompt, Request, draw_pictures, plan_request
 from diffusers_linattn.evaluation.report import OTHER_SEED, REFERENCE, Evaluation, check_directory
+from diffusers_linattn.generation import check_pipeline
 from diffusers_linattn.linearize import layers_of, original_attention
 from diffusers_linattn.samples import Samples
 from diffusers_linattn.version import __version__
@@ -77,6 +78,7 @@ def evaluate(
         >>> result = evaluate(pipe, ["a cat", "a dog"], output_dir="evaluation/")  # doctest: +SKIP
         >>> print(result.to_markdown())  # doctest: +SKIP
     """
+    check_pipeline(pipe)
     drawn = reference if isinstance(reference, Pictures) else None
     if name in (REFERENCE, OTHER_SEED):
         raise ValueError(f"name={name!r} is the name of another row: choose a different one.")

@@ -1,4 +1,4 @@
-"""Writing files so that a reader never sees half of one."""
+"""Reading text and JSON, and writing files so that a reader never sees half of one."""
 
 from __future__ import annotations
 
@@ -70,15 +70,29 @@ def nearest_existing(path: Path) -> Path:
     return next(place for place in (path, *path.absolute().parents) if place.exists())
 
 
+def read_text(path: Path) -> str:
+    """A text file in UTF-8, with or without a byte-order mark, its lines ended by `"\\n"` however the file ends them.
+
+    `str.splitlines` would also cut lines at characters that may stand in a prompt, such as U+2028: split at `"\\n"`.
+
+    Raises:
+        ValueError: The file is in another encoding.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: save it as such.") from error
+
+
 def read_lines(path: Path) -> list[str]:
     """The lines of a text file of prompts, without empty ones and without spaces around them.
 
     Raises:
-        ValueError: There is no such file.
+        ValueError: There is no such file, or it is not UTF-8.
     """
     if not path.is_file():
         raise ValueError(f"prompts: {path} is no file; give a list of prompts or a text file with one per line.")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [line.strip() for line in read_text(path).split("\n")]
     return [line for line in lines if line]
 
 

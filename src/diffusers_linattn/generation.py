@@ -100,6 +100,15 @@ def generate_images(
     return latents, images.float()
 
 
+def check_pipeline(pipe: Any) -> None:
+    """Raise for a transformer that is given in the place of its pipeline."""
+    if isinstance(pipe, torch.nn.Module):
+        raise ValueError(
+            f"Got a {type(pipe).__name__}: give the pipeline, not its transformer. Its scheduler and text encoders "
+            "are needed."
+        )
+
+
 def prompt_argument(pipe: Any) -> str:
     """The name of the argument that takes what a sample is of: `"prompt"`, or `"class_labels"`.
 

@@ -98,6 +98,8 @@ def push_folder(
     """
     _check_target(repo_id, revision, create_pr)
     directory = Path(directory)
+    if not directory.is_dir():
+        raise ValueError(f"{directory} is no folder: give one that save_linear_attention or distill wrote.")
     checkpoint = open_checkpoint(Folder(directory), variant=variant, max_bytes=NO_LIMIT)
     checkpoint.check_copies()
     api = hub_api(token)
@@ -238,9 +240,12 @@ def _ensure_repository(
     """Make the repository or its branch if they do not exist; the commit that it is at."""
     try:
         info = api.model_info(repo_id)
-    except RepositoryNotFoundError:
+    except RepositoryNotFoundError as error:
         if create_pr:
-            raise
+            raise HubError(
+                f"There is no repository {repo_id} on the Hub to open a pull request in, or it is private: leave "
+                "create_pr (--create-pr) out to make it, or check the spelling and the token."
+            ) from error
         api.create_repo(repo_id, private=private, exist_ok=True)
     else:
         if private is not None and bool(info.private) != private:

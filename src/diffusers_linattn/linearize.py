@@ -60,6 +60,8 @@ def transformers_of(pipe_or_model: Any) -> list[nn.Module]:
         model = getattr(pipe_or_model, "_orig_mod", pipe_or_model)  # torch.compile wraps the module
         if find_family(model) is None:
             name = type(model).__name__
+            if not hasattr(model, "config") and any(hasattr(part, "processor") for part in model.modules()):
+                raise ValueError(f"{name} is a part of a transformer: give the whole transformer, or the pipeline.")
             raise ValueError(
                 unsupported_message(f"{name} is not a transformer that diffusers_linattn knows.", type(model))
             )
@@ -111,8 +113,9 @@ def linearize(
 ) -> PipelineOrModel:
     """Give attention layers of a pipeline or transformer linear cost; no training, the weights stay.
 
-    Each layer gets a copy of its own. Layers that are converted already go back to their original state first, so
-    that converting twice is the same as converting once. Nothing changes if the call fails.
+    Each layer gets a copy of its own. Of the layers that this call selects, those converted already go back to their
+    original state first, so that converting twice is the same as converting once. Layers that it does not select keep
+    what they have: `restore(pipe)` first to start over. Nothing changes if the call fails.
 
     Args:
         pipe_or_model: A diffusers pipeline or a transformer; see `docs/models.md` for those supported.
@@ -172,7 +175,7 @@ def plan(
         chosen = {}
         for pattern, processor in mapping.items():
             if not isinstance(processor, BaseProcessor | None):
-                raise ValueError(f"The mapping's {pattern!r} holds a {type(processor).__name__}: {_EXPECTED}")
+                raise ValueError(f"The mapping's {pattern!r}: {not_a_processor(processor)}")
             chosen |= {i: (pattern, processor) for i in _match(names, pattern) if i in selected}
         for pattern in mapping:
             if not any(pattern == used for used, _ in chosen.values()):
@@ -181,15 +184,20 @@ def plan(
                     "overridden by a later pattern."
                 )
     else:
-        raise ValueError(f"Got a {type(mapping).__name__}: {_EXPECTED}")
+        raise ValueError(not_a_processor(mapping))
     if not chosen:
         raise ValueError("No layer is selected: layers= or the mapping is empty.")
     return [(candidates[i], _build(candidates[i], chosen[i][1])) for i in sorted(chosen)]
 
 
-_EXPECTED = (
-    "expected a processor such as ClearProcessor(window=16), or a dict from layer-name patterns to processors or None."
-)
+def not_a_processor(given: Any) -> str:
+    """What to say of something that stands in the place of a processor."""
+    if isinstance(given, type):
+        return f"Got the class {given.__name__}: give an instance of it, {given.__name__}(...)."
+    return (
+        f"Got a {type(given).__name__}: expected a processor such as ClearProcessor(window=16), or a dict from "
+        "layer-name patterns to processors or None."
+    )
 
 
 def _build(layer: Layer, template: BaseProcessor | None) -> BaseProcessor | None:

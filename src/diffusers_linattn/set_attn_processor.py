@@ -14,6 +14,7 @@ from diffusers_linattn.linearize import (
     install,
     layers_of,
     linearize,
+    not_a_processor,
     plan,
     restore,
     restore_layer,
@@ -45,6 +46,7 @@ def _set_on_pipeline(self: Any, processor: Any) -> None:
 
     Any other processor goes to the `set_attn_processor` of each transformer, or of the U-Net.
     """
+    _check_given(processor)
     if _holds_ours(processor):
         models: list[Any] = list(transformers_of(self))
         if len(models) == 1:
@@ -60,6 +62,7 @@ def _set_on_pipeline(self: Any, processor: Any) -> None:
 
 
 def _set_on_model(model: Any, processor: Any, stock: Any) -> None:
+    _check_given(processor)
     if _holds_ours(processor):
         if isinstance(processor, Mapping):
             _set_mapping(model, processor)
@@ -88,6 +91,14 @@ def _set_on_model(model: Any, processor: Any, stock: Any) -> None:
     stock(model, processor)
 
 
+def _check_given(processor: Any) -> None:
+    """Raise for what would fail, or be called, only when the model is: a class, a name, nothing at all."""
+    for part in processor.values() if isinstance(processor, Mapping) else [processor]:
+        in_dict = part is not processor
+        if isinstance(part, type) or not (callable(part) or (part is None and in_dict)):
+            raise ValueError(not_a_processor(part))
+
+
 def _set_mapping(model: Any, mapping: Mapping[str, Any]) -> None:
     """A dict as diffusers knows it, "<layer>.processor" to processor, or patterns as [`linearize`] takes them.
 
@@ -103,6 +114,7 @@ def _set_mapping(model: Any, mapping: Mapping[str, Any]) -> None:
             others[place] = processor
         elif place in layers:
             if not _keeps(layers[place], processor):
+                _check_still_trained(place, processor)
                 ours[place] = processor
         elif not (name.endswith(".processor") and _is_attention(model, place)):
             ours[place] = processor  # else cross-attention, which no mechanism replaces
@@ -133,6 +145,16 @@ def _keeps(layer: Layer, processor: BaseProcessor | None) -> bool:
         return False
     of_class = processor.is_template and type(processor) is not processor.plain_class
     return layer.processor is processor or (of_class and type(layer.processor) is type(processor))
+
+
+def _check_still_trained(place: str, processor: BaseProcessor | None) -> None:
+    """Raise for an installed processor that was taken out together with the layer's weights that belong to it."""
+    if processor is not None and not processor.is_template and processor.original_weights:
+        raise ValueError(
+            f"The {type(processor).__name__} for {place} belongs with trained projections that are not in this layer: "
+            "restore() took the trained projections out, or they are in another model. Load the student again "
+            "(load_linear_attention), or compare with original_attention(pipe), which puts them back."
+        )
 
 
 def _drop_fused_projections(model: Any) -> None:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
-from diffusers_linattn.cli.arguments import Run
+from diffusers_linattn.cli.arguments import Run, explain_unknown
 from diffusers_linattn.cli.config_file import with_config_file
 from diffusers_linattn.cli.distill_command import add_distill
 from diffusers_linattn.cli.evaluate_command import add_evaluate
@@ -60,7 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _terminated_cleanly():
             if command in COMMANDS:
                 given = [command, *with_config_file(parsers[command], given[1:])]
-            options = parser.parse_args(given)
+            options, unknown = parser.parse_known_args(given)
+            if unknown:
+                explain_unknown(parsers[options.command], unknown)
             options.run(options)
     except (OSError, ValueError) as error:
         print(f"{parser.prog} {command}: {error}", file=sys.stderr)

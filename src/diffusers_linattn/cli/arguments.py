@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import inspect
 import json
 import re
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import NoneType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import PartialState
@@ -52,17 +53,31 @@ def start_process(options: argparse.Namespace) -> PartialState:
     """What accelerate knows of this process and of the others that it runs with, on the device of `--device`.
 
     Raises:
-        ValueError: No device of that name.
+        ValueError: No device of that name, in torch or in this machine.
     """
     try:
-        on_cpu = options.device is not None and torch.device(options.device).type == "cpu"
+        device = None if options.device is None else torch.device(options.device)
     except RuntimeError as error:
         raise ValueError(f"--device {options.device!r}: {error}") from error
+    on_cpu = device is not None and device.type == "cpu"
+    if device is not None and not on_cpu:
+        _check_there(device)
     # accelerate has to be told of CPUs before it looks, or each of several processes believes to be alone.
     on_cpu = on_cpu or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     given = {} if options.device is None else {"ACCELERATE_TORCH_DEVICE": options.device}
     with patch_environment(**given):
         return PartialState(cpu=on_cpu)
+
+
+def _check_there(device: torch.device) -> None:
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    count = torch.accelerator.device_count() if found is not None and found.type == device.type else 0
+    if (device.index or 0) >= count:
+        have = f"{count} devices of this type" if count else f"no {device.type}"
+        raise ValueError(
+            f"--device {device}: torch {torch.__version__} finds {have} in this machine. Give cpu, or leave --device "
+            "out for the best that there is."
+        )
 
 
 def is_main_process() -> bool:
@@ -171,6 +186,12 @@ def class_labels(text: str) -> list[int]:
     return labels
 
 
+def check_takes_classes(pipe: Any, options: argparse.Namespace) -> None:
+    """Raise if there are `--classes` for a pipeline that takes prompts."""
+    if options.classes and prompt_argument(pipe) != "class_labels":
+        raise ValueError(f"{type(pipe).__name__} takes prompts, not classes: give --prompts FILE.")
+
+
 def labels_if_classes(pipe: Any, prompts: Any) -> Any:
     """Words of the command line as numbers, where the pipeline takes class labels."""
     if prompt_argument(pipe) != "class_labels":
@@ -197,6 +218,22 @@ def add_flag(group: Any, name: str, hint: Any, help: str) -> None:
         convert = _or_none(kind) if optional else kind
         metavar = {int: "N", float: "X"}.get(kind, "TEXT")
         group.add_argument(flag_of(name), type=convert, metavar=metavar, **options)
+
+
+def explain_unknown(parser: argparse.ArgumentParser, unknown: Sequence[str]) -> NoReturn:
+    """Leave with the usage of a command, and the flag that may have been meant by one that it does not have."""
+    flag = next((word for word in unknown if word.startswith("-")), "").partition("=")[0]
+    close = difflib.get_close_matches(flag.replace("_", "-"), parser._option_string_actions, n=1)
+    parser.error(f"unrecognized arguments: {' '.join(unknown)}.{f' Did you mean {close[0]}?' if close else ''}")
+
+
+def default_text(value: Any) -> str:
+    """A default as a help text names it."""
+    if value in ((), {}, None):
+        return "default: none"
+    if isinstance(value, bool):
+        return f"default: {'on' if value else 'off'}"
+    return f"default: {value}"
 
 
 def flag_of(name: str) -> str:
@@ -241,11 +278,24 @@ def _explained_by(owners: list[str], name: str) -> str:
     meanings: dict[str, list[str]] = {}
     for kind in owners:
         meanings.setdefault(_explained(PROCESSORS[kind], name), []).append(kind)
-    return "; ".join(f"{', '.join(kinds)}: {meaning}" for meaning, kinds in meanings.items())
+    return "; ".join(
+        f"{', '.join(kinds)}: {meaning}{_default_for(kinds, name, meaning)}" for meaning, kinds in meanings.items()
+    )
 
 
 def _explained(cls: type, name: str) -> str:
-    """The first sentence that a class's docstring says about an argument."""
+    """What a class's docstring says about an argument."""
     match = re.search(rf"^ {{8}}{name} \(.*?\): (.*?)(?=^ {{8}}\w|^\s*$)", cls.__doc__ or "", re.DOTALL | re.MULTILINE)
-    sentence = "" if match is None else " ".join(match[1].replace("`", "").split()).split(". ")[0].rstrip(".")
-    return sentence[:1].lower() + sentence[1:]
+    text = "" if match is None else " ".join(match[1].replace("`", "").split()).rstrip(".")
+    return text[:1].lower() + text[1:]
+
+
+def _default_for(kinds: list[str], name: str, meaning: str) -> str:
+    """The default of an argument that these processors share, each with its own where they differ."""
+    defaults = {kind: inspect.signature(PROCESSORS[kind]).parameters[name].default for kind in kinds}
+    values = list(dict.fromkeys(defaults.values()))
+    if values == [None] and "None" in meaning:  # said already
+        return ""
+    if len(values) == 1:
+        return f" ({default_text(values[0])})"
+    return f" (default: {', '.join(f'{kind} {value}' for kind, value in defaults.items())})"

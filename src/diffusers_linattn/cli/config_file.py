@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from diffusers_linattn.files import read_json
+from diffusers_linattn.files import read_json, read_text
 
 
 FLAG = "--config"
@@ -66,7 +66,7 @@ def _read(path: Path) -> dict[str, Any]:
         import yaml
 
         try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+            content = yaml.safe_load(read_text(path))
         except FileNotFoundError:
             raise ValueError(f"{path} does not exist.") from None
         except yaml.YAMLError as error:

@@ -14,6 +14,7 @@ from diffusers_linattn.cli.arguments import (
     add_flag,
     add_model,
     convert,
+    default_text,
     is_main_process,
     labels_if_classes,
     load_pipeline,
@@ -99,7 +100,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     for title, names in {**GROUPS, **rest}.items():
         group = parser.add_argument_group(title)
         for name in names:
-            add_flag(group, name, hints[name], f"{fields[name].metadata['help']} ({_default_of(fields[name])})")
+            add_flag(group, name, hints[name], _explained(fields[name]))
 
 
 def settings_of(options: argparse.Namespace) -> DistillConfig:
@@ -115,10 +116,7 @@ def settings_of(options: argparse.Namespace) -> DistillConfig:
     return config
 
 
-def _default_of(field: dataclasses.Field[Any]) -> str:
+def _explained(field: dataclasses.Field[Any]) -> str:
+    help: str = field.metadata["help"]
     default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-    if default in ((), {}, None):
-        return "default: none"
-    if isinstance(default, bool):
-        return f"default: {'on' if default else 'off'}"
-    return f"default: {default}"
+    return help if "default:" in help else f"{help} ({default_text(default)})"

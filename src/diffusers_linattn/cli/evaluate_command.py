@@ -12,6 +12,7 @@ from diffusers_linattn.cli.arguments import (
     add_call,
     add_model,
     call_of_options,
+    check_takes_classes,
     class_labels,
     convert,
     load_pipeline,
@@ -39,7 +40,9 @@ def add_evaluate(parser: argparse.ArgumentParser) -> Run:
     )
     group = add_call(parser)
     group.add_argument("--resolution", type=resolution, metavar="HEIGHTxWIDTH", help="in pixels")
-    group.add_argument("--num-images", type=int, metavar="N", help="how many; without it one for each prompt")
+    group.add_argument(
+        "--num-images", type=int, metavar="N", help="how many; without it one for each prompt, of samples at most 64"
+    )
     group.add_argument("--batch-size", type=int, default=4, metavar="N", help="pictures at a time (default: 4)")
     group.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the first picture (default: 0)")
     table = parser.add_argument_group("table")
@@ -64,6 +67,7 @@ def add_evaluate(parser: argparse.ArgumentParser) -> Run:
         if start_process(options).num_processes > 1:
             raise ValueError("evaluate runs in one process: start it without a launcher.")
         pipe = load_pipeline(options)
+        check_takes_classes(pipe, options)
         convert(pipe, processor, options)
         result = evaluate(
             pipe,

@@ -11,6 +11,7 @@ from diffusers_linattn.cli.arguments import (
     add_call,
     add_model,
     call_of_options,
+    check_takes_classes,
     class_labels,
     flag_of,
     is_main_process,
@@ -37,7 +38,9 @@ def add_samples(parser: argparse.ArgumentParser) -> Run:
     source.add_argument("--caption-column", metavar="NAME", help="column with the prompts (default: text)")
     output = parser.add_argument_group("samples")
     output.add_argument("--output-dir", type=Path, required=True, metavar="DIR", help="where they go")
-    output.add_argument("--num-samples", type=int, metavar="N", help="(default: 10000)")
+    output.add_argument(
+        "--num-samples", type=int, metavar="N", help="how many; prompts are taken in turn (default: 10000)"
+    )
     output.add_argument("--batch-size", type=int, default=4, metavar="N", help="samples at a time (default: 4)")
     output.add_argument("--seed", type=int, default=0, metavar="N", help="seeds everything (default: 0)")
     group = add_call(parser)
@@ -66,8 +69,10 @@ def add_samples(parser: argparse.ArgumentParser) -> Run:
             samples = encode_images(pipe, images, options.output_dir, captions=options.caption_column, **common)
         else:
             prompts = options.prompts or options.classes or _column(options)
+            pipe = load_pipeline(options)
+            check_takes_classes(pipe, options)
             samples = make_samples(
-                load_pipeline(options),
+                pipe,
                 prompts,
                 options.output_dir,
                 num_samples=10_000 if options.num_samples is None else options.num_samples,

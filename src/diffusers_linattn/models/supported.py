@@ -79,14 +79,19 @@ def find_family(model: nn.Module) -> Family | None:
 
 
 def unsupported_message(problem: str, *classes: type) -> str:
-    """`problem`, or why one of the classes is refused; the supported classes, the closest, and how to add another."""
+    """`problem`, or why one of the classes is refused; what is supported, a similar class, and how to add another."""
     for cls in classes:
         for base in cls.__mro__:
             if base.__name__ in REFUSED:
                 return f"{cls.__name__} cannot be converted: {REFUSED[base.__name__]}"
-    pairs = [(cls.__name__, name) for cls in classes for name in FAMILIES]
-    closest = max(pairs, key=lambda pair: difflib.SequenceMatcher(None, *pair).ratio(), default=None)
-    hint = f" The closest is {closest[1]}." if closest else ""
+    unets = [cls.__name__ for cls in classes if "UNet" in cls.__name__]
+    if unets:
+        return (
+            f"{problem} {unets[0]} is a U-Net: diffusers_linattn converts diffusion transformers (FLUX, SD3, PixArt "
+            "...), see docs/models.md."
+        )
+    similar = [name for cls in classes for name in difflib.get_close_matches(cls.__name__, FAMILIES, n=1, cutoff=0.8)]
+    hint = f" The closest is {similar[0]}." if similar else ""
     return (
         f"{problem}{hint} Supported: {', '.join(supported_models())}. A new model is one function and one row of a "
         "table: see docs/adding_a_model.md."

@@ -14,6 +14,8 @@ import torch
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
+from diffusers_linattn.files import read_text
+
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 _CAPTIONS = ("text", "caption", "prompt")
@@ -125,7 +127,7 @@ def _column(columns: Sequence[str], wanted: Sequence[str], what: str) -> str:
 
 def _read_metadata(path: Path, fields: Sequence[str]) -> dict[str, Any]:
     captions: dict[str, Any] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -148,7 +150,7 @@ def _read_beside(folder: Path) -> dict[str, Any]:
             text = path.with_suffix(".txt")
             if not text.is_file():
                 raise ValueError(f"{path} has no caption: expected {text.name} beside it, or a metadata.jsonl.")
-            captions[path.name] = text.read_text(encoding="utf-8").strip()
+            captions[path.name] = read_text(text).strip()
     return captions
 
 

@@ -16,6 +16,7 @@ from diffusers_linattn.generation import (
     call_parameters,
     call_pipeline,
     caught_steps,
+    check_pipeline,
     generators_of,
     prompt_argument,
 )
@@ -47,11 +48,12 @@ class Recorder:
         call_arguments: For its call.
 
     Raises:
-        ValueError: Several transformers, a call without prompts or class labels, or guidance that cannot be switched
-            off.
+        ValueError: No pipeline, several transformers, a call without prompts or class labels, or guidance that cannot
+            be switched off.
     """
 
     def __init__(self, pipe: Any, call_arguments: dict[str, Any]):
+        check_pipeline(pipe)
         self.pipe = pipe
         self.model = single_transformer_of(pipe, ONE_TRANSFORMER)
         self.names = tuple(inspect.signature(type(self.model).forward).parameters)[1:]

@@ -128,6 +128,10 @@ def read_sizes(resolutions: Any) -> list[list[int]]:
     """
     if resolutions is None:
         return []
+    if not isinstance(resolutions, Iterable) or isinstance(resolutions, str):
+        raise ValueError(
+            f"resolutions is {resolutions!r}, expected a list of (height, width) in pixels, such as [(1024, 1024)]."
+        )
     found = []
     for i, resolution in enumerate(resolutions):
         if not isinstance(resolution, list | tuple) or len(resolution) != 2:

@@ -209,26 +209,31 @@ def variant_of(name: str) -> tuple[str | None] | None:
     return match and (match["a"] or match["b"],)
 
 
-def refuse_linfusion(source: Source) -> None:
-    """Explain what cannot be loaded if the source holds weights of LinFusion."""
-    path = source.find("config.json", MAX_CONFIG_BYTES)
-    if path is None:
-        return
-    try:
-        content = read_json(path, MAX_CONFIG_BYTES)
-    except ValueError:
-        return
-    if isinstance(content, dict) and content.get("_class_name") == "LinFusion":
-        raise ValueError(
-            f"{source.where} holds weights of LinFusion: whole attention modules of the UNets of Stable Diffusion, "
-            "which no transformer has. Load them with LinFusion's own code into such a pipeline."
-        )
+def refuse_others(source: Source) -> None:
+    """Explain what cannot be loaded if the source holds weights of LinFusion, or a model or pipeline of diffusers."""
+    for name in ("config.json", "model_index.json"):
+        path = source.find(name, MAX_CONFIG_BYTES)
+        try:
+            content = None if path is None else read_json(path, MAX_CONFIG_BYTES)
+        except ValueError:
+            continue
+        kind = content.get("_class_name") if isinstance(content, dict) else None
+        if kind == "LinFusion":
+            raise ValueError(
+                f"{source.where} holds weights of LinFusion: whole attention modules of the UNets of Stable "
+                "Diffusion, which no transformer has. Load them with LinFusion's own code into such a pipeline."
+            )
+        if isinstance(kind, str):
+            raise ValueError(
+                f"{source.where} holds a {kind[:100]} as save_pretrained writes it: from_pretrained loads it. Linear "
+                "attention is saved with save_linear_attention."
+            )
 
 
 def _open_set(source: Source, variant: str | None, max_bytes: int) -> Checkpoint:
     config_path = source.find(CONFIG_NAME, MAX_CONFIG_BYTES)
     if config_path is None:
-        refuse_linfusion(source)
+        refuse_others(source)
         raise ValueError(
             f"{source.where}: {CONFIG_NAME} does not exist. {source.advice} For the published weights of CLEAR give "
             'weight_name="clear_local_16.safetensors" or another of its files.'
@@ -263,7 +268,7 @@ def _open_one(source: Source, name: str, max_bytes: int, import_layout: Importer
         return Checkpoint(config, _place({path: header}), str(config_path), (config_path, path))
     imported = import_layout(name, header) if import_layout else None
     if imported is None:
-        refuse_linfusion(source)
+        refuse_others(source)
         raise ValueError(
             f"{path} has neither a configuration in it nor {CONFIG_NAME} beside it, and its tensors are not named as "
             "CLEAR's are. It is not known how to load it."

@@ -263,8 +263,8 @@ def open_source(
     """The folder of that name if there is one, else the repository of the Hub.
 
     Raises:
-        ValueError: Neither a folder nor a possible repository id, a revision of a folder, or a subfolder that leads
-            out of it.
+        ValueError: Neither a folder nor a possible repository id, a file, a revision of a folder, or a subfolder that
+            leads out of it.
     """
     if subfolder is not None:
         parts = PurePosixPath(subfolder).parts
@@ -279,6 +279,13 @@ def open_source(
             raise ValueError(f"{folder} is a link out of {directory}, which is not followed.")
         return Folder(folder)
     repo_id = str(repo_or_directory)
+    if os.path.isfile(repo_or_directory):
+        file = Path(repo_or_directory)
+        raise ValueError(
+            f"{file} is a file: give its folder, {str(file.parent)!r}, and weight_name={file.name!r} to load it alone."
+        )
+    if isinstance(repo_or_directory, os.PathLike) or repo_id.startswith(("./", "../", "/")):
+        raise ValueError(f"There is no folder {repo_id} here: check the path.")
     try:
         validate_repo_id(repo_id)
     except HFValidationError:
@@ -338,7 +345,7 @@ def hub_errors(repo_id: str, revision: str | None = None) -> Iterator[None]:
     except HfHubHTTPError as error:
         status = error.response.status_code
         advice = {
-            401: f"The token is not accepted: {login}.",
+            401: f"There is no token, or it is not accepted: {login}.",
             403: f"This account or token may not do that: {login} with write access.",
             409: "Somebody else is changing the repository: try again.",
             412: "The repository has changed meanwhile: try again.",

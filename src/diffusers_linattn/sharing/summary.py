@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from diffusers_linattn.files import read_json
-from diffusers_linattn.sharing.checkpoint import MAX_INDEX_BYTES, config_in, index_file, read_index, weights_file
+from diffusers_linattn.sharing.checkpoint import (
+    MAX_INDEX_BYTES,
+    config_in,
+    index_file,
+    read_index,
+    refuse_others,
+    weights_file,
+)
 from diffusers_linattn.sharing.clear_layout import settings_in_name
 from diffusers_linattn.sharing.model_card import summarize_layers
 from diffusers_linattn.sharing.safetensors_header import Header
@@ -109,6 +116,7 @@ def _headers(source: Source, variant: str | None, weight_name: str | None) -> di
         return {name: found}
     index_path = None if weight_name else source.find(index_file(variant), MAX_INDEX_BYTES)
     if index_path is None:
+        refuse_others(source)
         raise ValueError(f"{source.where}: {name} does not exist. {source.advice}")
     headers = {}
     for shard in read_index(index_path):

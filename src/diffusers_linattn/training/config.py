@@ -78,7 +78,9 @@ class DistillConfig:
         0.1, "share of the samples trained without their prompt; none if samples were made without guidance"
     )
 
-    mixed_precision: str | None = _setting(None, "no, bf16 or fp16; none: the model's own precision")
+    mixed_precision: str | None = _setting(
+        None, "autocast in bf16 or fp16, or no for no autocast (default: as the model's own precision asks)"
+    )
     gradient_checkpointing: bool = _setting(
         False, "recompute activations in the backward pass, which saves memory", changes_result=False
     )
