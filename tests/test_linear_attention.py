@@ -356,19 +356,7 @@ def test_compiled_pairwise_mask_is_checked_at_run_time():
         ({"heads": 1, "mask": torch.ones(2, 2, 1, 35, dtype=torch.bool)}, "differs between heads"),
         ({"mask": torch.ones(2, 1, 1, 34, dtype=torch.bool)}, "does not broadcast"),
     ],
-    ids=[
-        "impl",
-        "no GPU",
-        "feature map",
-        "no feature map",
-        "other features",
-        "lost tokens",
-        "fractional heads",
-        "heads",
-        "zero heads",
-        "mask per head",
-        "mask",
-    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
 def test_errors(arguments, match):
     layout = LAYOUTS["odd grid"]
