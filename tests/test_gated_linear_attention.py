@@ -236,6 +236,15 @@ def test_queries_that_see_nothing_give_zero(name, impl):
 
 @pytest.mark.parametrize("gate_heads", [2, 4])
 def test_grouped_queries(gate_heads):
+@pytest.mark.parametrize("direction", ["forward", "bidirectional"])
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+def test_empty_batch(impl, direction):
+    layout = LAYOUTS["77 text first"]
+    inputs = make_gated_inputs(layout, batch=0)
+    for result in with_gradients(ours(layout, direction=direction, impl=impl), inputs, torch.float32):
+        assert result.shape == inputs[0].shape
+
+
     layout = LAYOUTS["77 text first"]
     query, key, value, gate = make_gated_inputs(layout, heads=4, kv_heads=2)
     wide_key, wide_value, wide_gate = (x.repeat_interleave(2, 1) for x in (key, value, gate))

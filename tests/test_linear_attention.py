@@ -12,6 +12,7 @@ from diffusers_linattn.ops import reference
 from diffusers_linattn.ops.features import resolve_feature_map
 from diffusers_linattn.ops.linear import linear_attention
 from diffusers_linattn.ops.masks import reduce_to_key_mask
+from diffusers_linattn.processors.linear import ValueConvolution
 
 
 LAYOUTS = {
@@ -183,6 +184,28 @@ def test_queries_that_see_nothing_give_zero(name, form, impl):
 
 
 def test_irreducible_pairwise_mask():
+@pytest.mark.parametrize("heads", [None, 1, 4])
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+def test_empty_batch(impl, heads):
+    layout = LAYOUTS["77 text first"]
+    inputs = make_inputs(layout, batch=0)
+    for result in with_gradients(
+        lambda q, k, v: linear_attention(q, k, v, layout, heads=heads, impl=impl), inputs, torch.float32
+    ):
+        assert result.shape == inputs[0].shape
+
+
+@pytest.mark.parametrize("heads", [None, 4])
+def test_convolution_of_an_empty_batch(heads):
+    layout = LAYOUTS["77 text first"]
+    value = make_inputs(layout, batch=0)[2].requires_grad_()
+    convolution = ValueConvolution(16 if heads is None else 8, kernel_size=5, zero=False)
+    output = convolution(value, layout, None, heads)
+    assert output.shape == value.shape
+    output.sum().backward()
+    assert not convolution.conv.weight.grad.any()
+
+
     layout = LAYOUTS["odd grid"]
     causal = torch.ones(layout.length, layout.length, dtype=torch.bool).tril()
     with pytest.raises(ValueError, match="cannot honour a pairwise mask"):

@@ -313,7 +313,7 @@ def regroup_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
     """Cut the concatenated heads of (B, H, N, D) into another number of heads, (B, heads, N, H·D / heads)."""
     if x.shape[1] == heads:
         return x
-    return x.transpose(1, 2).reshape(x.shape[0], x.shape[2], heads, -1).transpose(1, 2)
+    return x.transpose(1, 2).flatten(2).unflatten(2, (heads, -1)).transpose(1, 2)
 
 
 def _check_heads(heads: int, query: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> None:

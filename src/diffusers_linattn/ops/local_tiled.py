@@ -309,7 +309,7 @@ def _add_text_grads(
 ) -> None:
     """Add the gradients of a text segment's queries, which see all tokens, a few heads and queries at a time."""
     batch, heads, tokens, _ = key.shape
-    limit = (_CPU_NUMBERS if key.device.type == "cpu" else _DEVICE_NUMBERS) // (2 * batch * tokens)
+    limit = (_CPU_NUMBERS if key.device.type == "cpu" else _DEVICE_NUMBERS) // max(1, 2 * batch * tokens)
     num_heads = max(1, min(heads, limit // max(1, segment.length)))
     num_rows = max(16, limit // num_heads)
     for first in range(0, heads, num_heads):
