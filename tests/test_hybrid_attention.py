@@ -379,6 +379,39 @@ def test_fp16_stays_in_range(shift, impl):
 
 
 def test_autocast_changes_nothing():
+@by_impl
+@pytest.mark.parametrize("case", ["own key hidden", "all low"])
+def test_fp16_beside_a_null_key_that_is_far_from_the_scores(case, impl):
+    layout = TokenLayout.joint(text=3, grid=(1, 6, 6))
+    query, key, value, far_weight = inputs_with(layout, dtype=torch.float16)
+    mask = None
+    if case == "own key hidden":
+        mask = torch.arange(layout.length) < 33  # padding at the end of the grid
+        query = query * 2
+        key = query + key / 10
+        own = (query * key).sum(-1) / 4
+        assert own.max() > 20
+    else:
+        axis = torch.nn.functional.normalize(torch.ones(16), dim=0)
+        query, key = (query * 0.3 + 8 * axis).half(), (key * 0.3 - 9 * axis).half()
+        assert (query @ key.transpose(-1, -2) / 4).max() < -12
+    # Without the gradient of the far weights, which is beyond the range of fp16 here.
+    assert_as_accurate(
+        lambda q, k, v: ours(layout, mask=mask, impl=impl)(q, k, v, far_weight),
+        lambda q, k, v: spec(layout, mask=mask)(q, k, v, far_weight.to(q.dtype)),
+        [query, key, value],
+    )
+
+
+@by_impl
+def test_empty_batch(impl):
+    layout = LAYOUTS["77 text first"]
+    inputs = inputs_with(layout, batch=0)
+    output, *gradients = with_gradients(ours(layout, impl=impl), inputs, torch.float32)
+    assert output.shape == inputs[2].shape
+    assert [x.shape for x in gradients] == [x.shape for x in inputs]
+
+
     layout = LAYOUTS["77 text first"]
     inputs = inputs_with(layout)
     for impl in (*FAST, "reference"):
