@@ -60,8 +60,9 @@ def local_attention(
             on a GPU that `"triton"` runs on, `"triton"` where [`window_wins`], `"dense"` where not.
 
     Returns:
-        (batch, heads, tokens, value_dim) in the dtype of query. `"triton"` and `"tiled"` lay it out in memory as
-        (batch, tokens, heads, value_dim), so that merging the heads afterwards copies nothing.
+        (batch, heads, tokens, value_dim) in the dtype of query, computed in it whatever autocast says. `"triton"` and
+        `"tiled"` lay it out in memory as (batch, tokens, heads, value_dim), so that merging the heads afterwards
+        copies nothing.
 
     Raises:
         ValueError: Shapes or dtypes that do not fit each other or the layout; a window below 1; only one of
@@ -96,25 +97,26 @@ def local_attention(
         return attend_in_kernel(*tensors, mask, layout, window, temporal_window, scale)[0]
     heads = query.shape[1]
     key, value, pooled_key, pooled_value = (repeat_heads(x, heads) for x in (key, value, pooled_key, pooled_value))
-    if impl == "reference":
-        return reference.local_attention(
-            query,
-            key,
-            value,
-            layout,
-            window=window,
-            temporal_window=temporal_window,
-            pooled_key=pooled_key,
-            pooled_value=pooled_value,
-            mask=mask,
-            scale=scale,
-        )
-    if impl == "tiled":
-        settings = (layout.encode(), window, temporal_window, scale)
-        return local_attention_tiled(query, key, value, pooled_key, pooled_value, mask, *settings)
-    if not window_covers(layout, window, temporal_window):
-        mask = _with_window(mask, _window_mask(layout, window, temporal_window, query.device))
-    return _dense(query, key, value, layout, pooled_key, pooled_value, mask, scale)
+    with torch.autocast(query.device.type, enabled=False):
+        if impl == "tiled":
+            settings = (layout.encode(), window, temporal_window, scale)
+            return local_attention_tiled(query, key, value, pooled_key, pooled_value, mask, *settings)
+        if impl == "reference":
+            return reference.local_attention(
+                query,
+                key,
+                value,
+                layout,
+                window=window,
+                temporal_window=temporal_window,
+                pooled_key=pooled_key,
+                pooled_value=pooled_value,
+                mask=mask,
+                scale=scale,
+            )
+        if not window_covers(layout, window, temporal_window):
+            mask = _with_window(mask, _window_mask(layout, window, temporal_window, query.device))
+        return _dense(query, key, value, layout, pooled_key, pooled_value, mask, scale)
 
 
 def attend_in_kernel(
