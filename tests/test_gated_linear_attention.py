@@ -224,9 +224,11 @@ def test_masks(name, form):
 
 @pytest.mark.parametrize("impl", ["chunked", "reference"])
 @pytest.mark.parametrize("name", ["odd grid", "1 text last"])
-def test_queries_that_see_nothing_give_zero(name, impl):
+@pytest.mark.parametrize("hidden", [None, torch.finfo(torch.float32).min], ids=["bool", "lowest number"])
+def test_queries_that_see_nothing_give_zero(hidden, name, impl):
     layout = LAYOUTS[name]
     mask = torch.tensor([True, False])[:, None, None, None].expand(2, 1, 1, layout.length)
+    mask = mask if hidden is None else torch.zeros(mask.shape).masked_fill(~mask, hidden)
     output, *gradients = with_gradients(ours(layout, mask=mask, impl=impl), make_gated_inputs(layout), torch.float32)
     assert (output[1] == 0).all()
     for gradient in gradients:
@@ -234,8 +236,6 @@ def test_queries_that_see_nothing_give_zero(name, impl):
         assert (gradient[1] == 0).all()
 
 
-@pytest.mark.parametrize("gate_heads", [2, 4])
-def test_grouped_queries(gate_heads):
 @pytest.mark.parametrize("direction", ["forward", "bidirectional"])
 @pytest.mark.parametrize("impl", ["chunked", "reference"])
 def test_empty_batch(impl, direction):
@@ -245,6 +245,8 @@ def test_empty_batch(impl, direction):
         assert result.shape == inputs[0].shape
 
 
+@pytest.mark.parametrize("gate_heads", [2, 4])
+def test_grouped_queries(gate_heads):
     layout = LAYOUTS["77 text first"]
     query, key, value, gate = make_gated_inputs(layout, heads=4, kv_heads=2)
     wide_key, wide_value, wide_gate = (x.repeat_interleave(2, 1) for x in (key, value, gate))

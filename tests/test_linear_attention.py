@@ -165,11 +165,12 @@ def test_pairwise_mask_of_a_padded_batch(lowest):
 
 @pytest.mark.parametrize("impl", ["torch", "reference"])
 @pytest.mark.parametrize("name", ["odd grid", "77 text last"])
-@pytest.mark.parametrize("form", ["bool", "float", "pairwise"])
+@pytest.mark.parametrize("form", ["bool", "float", "lowest number", "pairwise"])
 def test_queries_that_see_nothing_give_zero(name, form, impl):
     layout = LAYOUTS[name]
     seen = torch.tensor([True, False])[:, None, None, None].expand(2, 1, 1, layout.length)
-    mask = seen if form != "float" else torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))
+    hidden = {"float": float("-inf"), "lowest number": torch.finfo(torch.float32).min}.get(form)
+    mask = seen if hidden is None else torch.zeros(seen.shape).masked_fill(~seen, hidden)
     if form == "pairwise":
         mask = mask.expand(2, 1, layout.length, layout.length)
     output, *gradients = with_gradients(
@@ -183,7 +184,6 @@ def test_queries_that_see_nothing_give_zero(name, form, impl):
     torch.testing.assert_close(output[:1], alone.double(), atol=1e-6, rtol=1e-5)
 
 
-def test_irreducible_pairwise_mask():
 @pytest.mark.parametrize("heads", [None, 1, 4])
 @pytest.mark.parametrize("impl", ["torch", "reference"])
 def test_empty_batch(impl, heads):
@@ -206,6 +206,7 @@ def test_convolution_of_an_empty_batch(heads):
     assert not convolution.conv.weight.grad.any()
 
 
+def test_irreducible_pairwise_mask():
     layout = LAYOUTS["odd grid"]
     causal = torch.ones(layout.length, layout.length, dtype=torch.bool).tril()
     with pytest.raises(ValueError, match="cannot honour a pairwise mask"):

@@ -293,9 +293,7 @@ def _zero_where_all_is_hidden(output: torch.Tensor, mask: torch.Tensor | None) -
         return output
     while mask.ndim < 4:
         mask = mask[None]
-    # Additive masks often hide with the lowest finite number instead of -inf.
-    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
-    return torch.where(seen.any(-1, keepdim=True), output, 0)
+    return torch.where(reference.hidden_by(mask).all(-1, keepdim=True), 0, output)
 
 
 def _check_far_weight(far_weight: torch.Tensor, query: torch.Tensor) -> None:

@@ -292,8 +292,6 @@ def with_text_queries(
             mask = mask[None]
         if mask is not None and mask.shape[-2] != 1:
             mask = take(mask, layout.text, -2)
-        if mask is not None and mask.dtype != torch.bool:  # often the lowest finite number stands for -inf
-            mask = mask.masked_fill(mask <= torch.finfo(mask.dtype).min, float("-inf"))
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         with torch.autocast(query.device.type, enabled=False):
             text = masked_sdpa(take(query, layout.text), key, value, mask, scale)

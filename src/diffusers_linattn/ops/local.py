@@ -49,8 +49,8 @@ def local_attention(
         pooled_key: (batch, key heads or heads, pooled tokens, head_dim), further keys that all grid queries see.
         pooled_value: (batch, key heads or heads, pooled tokens, value_dim), given together with `pooled_key`.
         mask: Boolean (`True` = visible) or additive, broadcastable to (batch, heads, tokens, tokens); it does not
-            apply to pooled keys. The form (batch, 1, 1, tokens) keeps memory linear. A query without any visible key
-            gives 0. No gradient flows to it.
+            apply to pooled keys. The form (batch, 1, 1, tokens) keeps memory linear. The lowest number of its dtype
+            hides as -inf does, and a query without any visible key gives 0. No gradient flows to it.
         scale: Factor of the scores; `None` is `head_dim**-0.5`.
         enable_gqa: Allow fewer key heads than query heads, each shared by a group of query heads.
         impl: `"triton"` (one kernel on an NVIDIA GPU; masks of keys only, value_dim equal to head_dim, both at most
@@ -135,6 +135,8 @@ def attend_in_kernel(
     reason = why_not_triton(query, value, mask)
     if reason is not None:
         raise ValueError(f"impl='triton' cannot answer this call: {reason}.")
+    if mask is not None and mask.dtype != torch.bool:
+        mask = reference.mask_bias(mask, torch.float32)
     settings = (layout.encode(), window, temporal_window, scale)
     return local_attention_triton(query, key, value, pooled_key, pooled_value, mask, *settings)
 
