@@ -224,14 +224,25 @@ def test_masks(name, form):
 
 @pytest.mark.parametrize("impl", ["chunked", "reference"])
 @pytest.mark.parametrize("name", ["odd grid", "1 text last"])
-def test_queries_that_see_nothing_give_zero(name, impl):
+@pytest.mark.parametrize("hidden", [None, torch.finfo(torch.float32).min], ids=["bool", "lowest number"])
+def test_queries_that_see_nothing_give_zero(hidden, name, impl):
     layout = LAYOUTS[name]
     mask = torch.tensor([True, False])[:, None, None, None].expand(2, 1, 1, layout.length)
+    mask = mask if hidden is None else torch.zeros(mask.shape).masked_fill(~mask, hidden)
     output, *gradients = with_gradients(ours(layout, mask=mask, impl=impl), make_gated_inputs(layout), torch.float32)
     assert (output[1] == 0).all()
     for gradient in gradients:
         assert gradient.isfinite().all()
         assert (gradient[1] == 0).all()
+
+
+@pytest.mark.parametrize("direction", ["forward", "bidirectional"])
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+def test_empty_batch(impl, direction):
+    layout = LAYOUTS["77 text first"]
+    inputs = make_gated_inputs(layout, batch=0)
+    for result in with_gradients(ours(layout, direction=direction, impl=impl), inputs, torch.float32):
+        assert result.shape == inputs[0].shape
 
 
 @pytest.mark.parametrize("gate_heads", [2, 4])

@@ -247,11 +247,12 @@ def test_pairwise_mask_of_a_padded_batch(lowest, impl):
 
 @pytest.mark.parametrize("impl", [*FAST, "reference"])
 @pytest.mark.parametrize("name", ["odd grid", "77 text last"])
-@pytest.mark.parametrize("form", ["bool", "float", "pairwise"])
+@pytest.mark.parametrize("form", ["bool", "float", "lowest number", "pairwise"])
 def test_queries_that_see_nothing_give_zero(name, form, impl):
     layout = LAYOUTS[name]
     seen = torch.tensor([True, False])[:, None, None, None].expand(2, 1, 1, layout.length)
-    mask = seen if form != "float" else torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))
+    hidden = {"float": float("-inf"), "lowest number": torch.finfo(torch.float32).min}.get(form)
+    mask = seen if hidden is None else torch.zeros(seen.shape).masked_fill(~seen, hidden)
     if form == "pairwise":
         mask = mask.expand(2, 1, layout.length, layout.length)
     *inputs, far_weight = inputs_with(layout)
@@ -376,6 +377,39 @@ def test_fp16_stays_in_range(shift, impl):
     key = torch.nn.functional.normalize(key, dim=-1)
     query = (query + key * 4 * shift).half()
     assert_as_accurate_as_the_window(layout, [query, key, value, far_weight], impl)
+
+
+@by_impl
+@pytest.mark.parametrize("case", ["own key hidden", "all low"])
+def test_fp16_beside_a_null_key_that_is_far_from_the_scores(case, impl):
+    layout = TokenLayout.joint(text=3, grid=(1, 6, 6))
+    query, key, value, far_weight = inputs_with(layout, dtype=torch.float16)
+    mask = None
+    if case == "own key hidden":
+        mask = torch.arange(layout.length) < 33  # padding at the end of the grid
+        query = query * 2
+        key = query + key / 10
+        own = (query * key).sum(-1) / 4
+        assert own.max() > 20
+    else:
+        axis = torch.nn.functional.normalize(torch.ones(16), dim=0)
+        query, key = (query * 0.3 + 8 * axis).half(), (key * 0.3 - 9 * axis).half()
+        assert (query @ key.transpose(-1, -2) / 4).max() < -12
+    # Without the gradient of the far weights, which is beyond the range of fp16 here.
+    assert_as_accurate(
+        lambda q, k, v: ours(layout, mask=mask, impl=impl)(q, k, v, far_weight),
+        lambda q, k, v: spec(layout, mask=mask)(q, k, v, far_weight.to(q.dtype)),
+        [query, key, value],
+    )
+
+
+@by_impl
+def test_empty_batch(impl):
+    layout = LAYOUTS["77 text first"]
+    inputs = inputs_with(layout, batch=0)
+    output, *gradients = with_gradients(ours(layout, impl=impl), inputs, torch.float32)
+    assert output.shape == inputs[2].shape
+    assert [x.shape for x in gradients] == [x.shape for x in inputs]
 
 
 def test_autocast_changes_nothing():

@@ -12,6 +12,7 @@ from diffusers_linattn.ops import reference
 from diffusers_linattn.ops.features import resolve_feature_map
 from diffusers_linattn.ops.linear import linear_attention
 from diffusers_linattn.ops.masks import reduce_to_key_mask
+from diffusers_linattn.processors.linear import ValueConvolution
 
 
 LAYOUTS = {
@@ -164,11 +165,12 @@ def test_pairwise_mask_of_a_padded_batch(lowest):
 
 @pytest.mark.parametrize("impl", ["torch", "reference"])
 @pytest.mark.parametrize("name", ["odd grid", "77 text last"])
-@pytest.mark.parametrize("form", ["bool", "float", "pairwise"])
+@pytest.mark.parametrize("form", ["bool", "float", "lowest number", "pairwise"])
 def test_queries_that_see_nothing_give_zero(name, form, impl):
     layout = LAYOUTS[name]
     seen = torch.tensor([True, False])[:, None, None, None].expand(2, 1, 1, layout.length)
-    mask = seen if form != "float" else torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))
+    hidden = {"float": float("-inf"), "lowest number": torch.finfo(torch.float32).min}.get(form)
+    mask = seen if hidden is None else torch.zeros(seen.shape).masked_fill(~seen, hidden)
     if form == "pairwise":
         mask = mask.expand(2, 1, layout.length, layout.length)
     output, *gradients = with_gradients(
@@ -180,6 +182,28 @@ def test_queries_that_see_nothing_give_zero(name, form, impl):
         assert (gradient[1] == 0).all()
     alone = linear_attention(*(x[:1] for x in make_inputs(layout)), layout)
     torch.testing.assert_close(output[:1], alone.double(), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("heads", [None, 1, 4])
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+def test_empty_batch(impl, heads):
+    layout = LAYOUTS["77 text first"]
+    inputs = make_inputs(layout, batch=0)
+    for result in with_gradients(
+        lambda q, k, v: linear_attention(q, k, v, layout, heads=heads, impl=impl), inputs, torch.float32
+    ):
+        assert result.shape == inputs[0].shape
+
+
+@pytest.mark.parametrize("heads", [None, 4])
+def test_convolution_of_an_empty_batch(heads):
+    layout = LAYOUTS["77 text first"]
+    value = make_inputs(layout, batch=0)[2].requires_grad_()
+    convolution = ValueConvolution(16 if heads is None else 8, kernel_size=5, zero=False)
+    output = convolution(value, layout, None, heads)
+    assert output.shape == value.shape
+    output.sum().backward()
+    assert not convolution.conv.weight.grad.any()
 
 
 def test_irreducible_pairwise_mask():

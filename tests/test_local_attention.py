@@ -163,6 +163,53 @@ def test_fully_hidden_rows_are_zero_in_fp32():
     assert not any(grad.any() for grad in grads)
 
 
+def check_lowest_numbers(impl, dtype, mask_dtype, rows=1):
+    """Additive masks often hide with the lowest finite number; a mask may have another dtype than the query."""
+    layout = LAYOUTS["odd"]
+    seen = (torch.rand(2, 1, rows, layout.length, generator=torch.Generator().manual_seed(1)) > 0.3).expand(
+        -1, HEADS, -1, -1
+    )
+    seen = seen & torch.tensor([True, False])[:, None, None, None]
+    lowest = torch.zeros(seen.shape, dtype=mask_dtype).masked_fill(~seen, torch.finfo(mask_dtype).min)
+    tensors = make_inputs(layout, dtype, batch=2)
+    actual, expected = (run(local_attention, tensors, layout, window=3, mask=m, impl=impl) for m in (lowest, seen))
+    for a, b in zip(actual, expected, strict=True):
+        assert torch.equal(a, b)
+        assert a[0].any()
+        assert not a[1].any()
+
+
+@pytest.mark.parametrize("rows", [1, LAYOUTS["odd"].length], ids=["keys", "pairwise"])
+@pytest.mark.parametrize("impl", ["tiled", "dense", "reference"])
+@pytest.mark.parametrize("mask_dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_lowest_number_hides(dtype, mask_dtype, impl, rows):
+    check_lowest_numbers(impl, dtype, mask_dtype, rows)
+
+
+@pytest.mark.parametrize("number", [-1e5, -6e4])
+def test_what_a_mask_of_another_dtype_hides_has_no_gradient(number):
+    layout = LAYOUTS["odd"]
+    mask = torch.zeros(1, 1, 1, layout.length)
+    mask[..., : layout.length // 2] = number  # beyond the range of fp16, or just in it
+    check(layout, torch.float16, window=3, mask=mask)
+    mask[:] = number
+    check(layout, torch.float16, window=3, mask=mask)
+
+
+@pytest.mark.parametrize("impl", ["tiled", "dense", "reference", None])
+@pytest.mark.parametrize("window", [3, 50])
+@pytest.mark.parametrize("mask", [None, "keys"])
+def test_autocast_changes_nothing(mask, window, impl):
+    layout = LAYOUTS["odd"]
+    tensors, mask = make_inputs(layout, torch.float32)[:3], mask and make_mask(mask, layout, 1, torch.float32)
+    expected = local_attention(*tensors, layout, window=window, mask=mask, impl=impl)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = local_attention(*tensors, layout, window=window, mask=mask, impl=impl)
+    assert output.dtype == torch.float32
+    assert torch.equal(output, expected)
+
+
 @pytest.mark.parametrize("mask", [None, "keys", "pairwise additive", "some rows hidden"])
 @pytest.mark.parametrize("pooled", [0, 5], ids=["", "pooled"])
 @pytest.mark.parametrize("impl", ["dense", None])
@@ -217,10 +264,12 @@ def test_head_dim_with_a_stride():
     torch.testing.assert_close(out, reference.local_attention(*tensors, layout, window=3))
 
 
-def test_empty_batch():
+@pytest.mark.parametrize("impl", ["tiled", "dense", "reference"])
+def test_empty_batch(impl):
     layout = LAYOUTS["odd"]
-    tensors = [x[:0] for x in make_inputs(layout)[:3]]
-    assert local_attention(*tensors, layout, window=3, impl="tiled").shape == tensors[0].shape
+    tensors = make_inputs(layout, batch=0)
+    for result in run(local_attention, tensors, layout, window=3, impl=impl):
+        assert result.shape == tensors[0].shape
 
 
 def test_poisoned_buffers(monkeypatch):

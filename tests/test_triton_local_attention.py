@@ -23,7 +23,7 @@ from diffusers_linattn.ops import reference
 from diffusers_linattn.ops.local import local_attention
 
 import tiny
-from test_local_attention import DIM, HEADS, LAYOUTS, make_inputs, make_mask, run
+from test_local_attention import DIM, HEADS, LAYOUTS, check_lowest_numbers, make_inputs, make_mask, run
 from test_local_attention import check as check_impl
 
 
@@ -71,6 +71,11 @@ def test_windows_of_one_token_and_of_everything(window):
 @pytest.mark.parametrize("form", ["keys", "additive", "additive, keys apart", "all keys hidden"])
 def test_masks_of_keys(form):
     check(SMALL["text around"], torch.float32, batch=2, window=3, pooled=5, mask=form)
+
+
+@pytest.mark.parametrize("mask_dtype", [torch.float32, torch.float16], ids=str)
+def test_the_lowest_number_of_a_mask_hides(mask_dtype):
+    check_lowest_numbers("triton", torch.float16, mask_dtype)
 
 
 def test_hidden_rows_are_zero():

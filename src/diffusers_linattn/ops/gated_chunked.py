@@ -183,7 +183,7 @@ def _read(x: torch.Tensor, slab: slice, direction: str) -> torch.Tensor:
     tokens = torch.cat(scans)
     # Zeros at the end change nothing: keys of 0, and no query to see them.
     tokens = torch.nn.functional.pad(tokens, (0, 0, 0, -tokens.shape[1] % CHUNK))
-    return tokens.reshape(tokens.shape[0], -1, CHUNK, tokens.shape[-1])
+    return tokens.unflatten(1, (-1, CHUNK))
 
 
 def _add(output: torch.Tensor, x: torch.Tensor, slab: slice, direction: str) -> None:

@@ -28,10 +28,6 @@ from diffusers_linattn.ops.local_choice import choose_impl
 from diffusers_linattn.ops.masks import KeyMask, reduce_to_key_mask, take
 
 
-# The null key's count is this times its weight, which keeps the gradient of that weight in the range of fp16.
-NULL_COUNT = 64.0
-
-
 def hybrid_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -76,9 +72,9 @@ def hybrid_attention(
             there for `None`; or `"reference"` (all of it, quadratic).
 
     Returns:
-        (batch, heads, tokens, value_dim) in the value's dtype. The softmax part is computed in that dtype, the linear
-        part and the sum of the two in fp32, or fp64 for fp64, whatever autocast says. In fp16 the softmax part loses
-        precision where all scores of a query are below about -10, other than with `"triton"`.
+        (batch, heads, tokens, value_dim) in the value's dtype. The softmax part is computed in that dtype (by
+        `"tiled"` and `"dense"` in fp32 for fp16, whose range is too small), the linear part and the sum of the two in
+        fp32, or fp64 for fp64, whatever autocast says.
 
     Raises:
         ValueError: Shapes or dtypes that do not fit each other or the layout, a window below 1, an unknown
@@ -245,20 +241,22 @@ def _attend_with_null_key(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The softmax part beside a null key, and the score of that, (B, H, N, 1), in fp32 or fp64.
 
-    The first is Σ exp(s) v, Σ exp(s) and `NULL_COUNT` exp(null), divided by Σ exp(s) + exp(null), (B, H, N, D + 2).
+    The first is Σ exp(s) v, Σ exp(s) and exp(null), divided by Σ exp(s) + exp(null), (B, H, N, D + 2).
     """
     # One softmax over these keys and a null key, whose score the query chooses through one more channel. Two more
     # columns of the values count the keys and the null key: the three sums come out divided by Σ exp(s) + exp(null),
     # in range for every score and without scores in memory. The result does not depend on the null key's score. It is
     # somewhat less than that of the query with its own key: of the order of the others, and most of the weight theirs.
+    if query.dtype == torch.float16:  # too small a range for sums beside a null key that is far from the others
+        query, key, value = query.float(), key.float(), value.float()
     head_dim, dim = query.shape[-1], value.shape[-1]
     width = (max(head_dim + 1, dim + 2) + 7) // 8 * 8  # kernels want one width, a multiple of 8
     own = scale * (full_precision(query.detach()) * full_precision(key.detach())).sum(-1, keepdim=True)
     # Lower, the weight of the null key would underflow beside ordinary scores; higher, nothing changes.
-    channel = (own - 4).clamp(-2 if query.dtype == torch.float16 else -50, 60).to(query.dtype)
+    channel = (own - 4).clamp(-50, 60).to(query.dtype)
     unit = key.new_full((*key.shape[:2], 1, 1), 1 / scale if scale else 0.0)
     null_key = F.pad(unit, (head_dim, width - head_dim - 1))
-    null_value = F.pad(value.new_full((*value.shape[:2], 1, 1), NULL_COUNT), (dim + 1, width - dim - 2))
+    null_value = F.pad(value.new_ones(*value.shape[:2], 1, 1), (dim + 1, width - dim - 2))
     if mask is None and query.device.type == "cpu":
         # Without a mask "tiled" blends two softmaxes there, which keeps the absolute precision of the null key's
         # weight but not the relative one.
@@ -287,7 +285,7 @@ def _sums_beside_null_key(out: torch.Tensor, null_score: torch.Tensor) -> tuple[
         by the same positive number; in fp32 or fp64. For text queries the last is 0.
     """
     out = full_precision(out)
-    return out[..., :-1], out[..., -1:] * ((-null_score).exp() / NULL_COUNT)
+    return out[..., :-1], out[..., -1:] * (-null_score).exp()
 
 
 def _grid_state(
@@ -306,9 +304,7 @@ def _zero_where_all_is_hidden(output: torch.Tensor, mask: torch.Tensor | None) -
         return output
     while mask.ndim < 4:
         mask = mask[None]
-    # Additive masks often hide with the lowest finite number instead of -inf.
-    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
-    return torch.where(seen.any(-1, keepdim=True), output, 0)
+    return torch.where(reference.hidden_by(mask).all(-1, keepdim=True), 0, output)
 
 
 def _check_far_weight(far_weight: torch.Tensor, query: torch.Tensor) -> None:

@@ -303,8 +303,6 @@ def with_text_queries(
             mask = mask[None]
         if mask is not None and mask.shape[-2] != 1:
             mask = take(mask, layout.text, -2)
-        if mask is not None and mask.dtype != torch.bool:  # often the lowest finite number stands for -inf
-            mask = mask.masked_fill(mask <= torch.finfo(mask.dtype).min, float("-inf"))
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         with torch.autocast(query.device.type, enabled=False):
             text = masked_sdpa(take(query, layout.text), key, value, mask, scale)
@@ -324,7 +322,7 @@ def regroup_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
     """Cut the concatenated heads of (B, H, N, D) into another number of heads, (B, heads, N, H·D / heads)."""
     if x.shape[1] == heads:
         return x
-    return x.transpose(1, 2).reshape(x.shape[0], x.shape[2], heads, -1).transpose(1, 2)
+    return x.transpose(1, 2).flatten(2).unflatten(2, (heads, -1)).transpose(1, 2)
 
 
 def _check_heads(heads: int, query: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> None:

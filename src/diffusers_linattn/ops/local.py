@@ -56,8 +56,8 @@ def local_attention(
         pooled_key: (batch, key heads or heads, pooled tokens, head_dim), further keys that all grid queries see.
         pooled_value: (batch, key heads or heads, pooled tokens, value_dim), given together with `pooled_key`.
         mask: Boolean (`True` = visible) or additive, broadcastable to (batch, heads, tokens, tokens); it does not
-            apply to pooled keys. The form (batch, 1, 1, tokens) keeps memory linear. A query without any visible key
-            gives 0. No gradient flows to it.
+            apply to pooled keys. The form (batch, 1, 1, tokens) keeps memory linear. The lowest number of its dtype
+            hides as -inf does, and a query without any visible key gives 0. No gradient flows to it.
         scale: Factor of the scores; `None` is `head_dim**-0.5`.
         enable_gqa: Allow fewer key heads than query heads, each shared by a group of query heads.
         impl: `"triton"` (one kernel on an NVIDIA GPU; masks of keys only, value_dim equal to head_dim, both at most
@@ -67,8 +67,9 @@ def local_attention(
             on a GPU that `"triton"` runs on, `"triton"` where [`window_wins`], `"dense"` where not.
 
     Returns:
-        (batch, heads, tokens, value_dim) in the dtype of query. `"triton"` and `"tiled"` lay it out in memory as
-        (batch, tokens, heads, value_dim), so that merging the heads afterwards copies nothing.
+        (batch, heads, tokens, value_dim) in the dtype of query, computed in it whatever autocast says. `"triton"` and
+        `"tiled"` lay it out in memory as (batch, tokens, heads, value_dim), so that merging the heads afterwards
+        copies nothing.
 
     Raises:
         ValueError: Shapes or dtypes that do not fit each other or the layout; a window below 1; only one of
@@ -105,25 +106,26 @@ def local_attention(
         return attend_in_kernel(*tensors, mask, layout, window, temporal_window, scale)[0]
     heads = query.shape[1]
     key, value, pooled_key, pooled_value = (repeat_heads(x, heads) for x in (key, value, pooled_key, pooled_value))
-    if impl == "reference":
-        return reference.local_attention(
-            query,
-            key,
-            value,
-            layout,
-            window=window,
-            temporal_window=temporal_window,
-            pooled_key=pooled_key,
-            pooled_value=pooled_value,
-            mask=mask,
-            scale=scale,
-        )
-    if impl == "tiled":
-        settings = (layout.encode(), window, temporal_window, scale)
-        return local_attention_tiled(query, key, value, pooled_key, pooled_value, mask, *settings)
-    if not window_covers(layout, window, temporal_window):
-        mask = _with_window(mask, _window_mask(layout, window, temporal_window, query.device))
-    return _dense(query, key, value, layout, pooled_key, pooled_value, mask, scale)
+    with torch.autocast(query.device.type, enabled=False):
+        if impl == "tiled":
+            settings = (layout.encode(), window, temporal_window, scale)
+            return local_attention_tiled(query, key, value, pooled_key, pooled_value, mask, *settings)
+        if impl == "reference":
+            return reference.local_attention(
+                query,
+                key,
+                value,
+                layout,
+                window=window,
+                temporal_window=temporal_window,
+                pooled_key=pooled_key,
+                pooled_value=pooled_value,
+                mask=mask,
+                scale=scale,
+            )
+        if not window_covers(layout, window, temporal_window):
+            mask = _with_window(mask, _window_mask(layout, window, temporal_window, query.device))
+        return _dense(query, key, value, layout, pooled_key, pooled_value, mask, scale)
 
 
 def attend_in_kernel(
@@ -142,6 +144,8 @@ def attend_in_kernel(
     reason = why_not_triton(query, value, mask)
     if reason is not None:
         raise ValueError(f"impl='triton' cannot answer this call: {reason}.")
+    if mask is not None and mask.dtype != torch.bool:
+        mask = reference.mask_bias(mask, torch.float32)
     settings = (layout.encode(), window, temporal_window, scale)
     return local_attention_triton(query, key, value, pooled_key, pooled_value, mask, *settings)
 

@@ -43,7 +43,7 @@ class _Tiles:
         num_shared: int,
         backward: bool = False,
     ) -> None:
-        self.layout, self.window, self.mask = layout, window, mask
+        self.layout, self.window, self.mask, self.dtype = layout, window, mask, key.dtype
         self.blocks = plan_tiles(layout, window, temporal_window)
         self.num_shared = num_shared
         self.max_keys = self.num_shared + max((block.num_keys for block in self.blocks), default=0)
@@ -104,7 +104,8 @@ class _Tiles:
         queries = part.queries.of(ids, part.tiles).reshape(part.count, -1)
         if self.mask.shape[2] == 1:
             queries = queries.new_zeros(part.count, 1)
-        bias = mask_bias(self.mask[:, :, queries[:, :, None], keys[:, None, :]], dtype)  # (B|1, H|1, n, Q|1, K)
+        bias = self.mask[:, :, queries[:, :, None], keys[:, None, :]]  # (B|1, H|1, n, Q|1, K)
+        bias = mask_bias(bias, self.dtype).to(dtype)  # backward hides what the rounded mask hid forward
         pooled = bias.new_zeros(*bias.shape[:-1], self.num_shared - len(text))
         bias = torch.cat([bias[..., : len(text)], pooled, bias[..., len(text) :]], -1)
         return bias.permute(2, 0, 1, 3, 4).expand(-1, batch, -1, -1, -1).flatten(0, 1)
@@ -309,7 +310,7 @@ def _add_text_grads(
 ) -> None:
     """Add the gradients of a text segment's queries, which see all tokens, a few heads and queries at a time."""
     batch, heads, tokens, _ = key.shape
-    limit = (_CPU_NUMBERS if key.device.type == "cpu" else _DEVICE_NUMBERS) // (2 * batch * tokens)
+    limit = (_CPU_NUMBERS if key.device.type == "cpu" else _DEVICE_NUMBERS) // max(1, 2 * batch * tokens)
     num_heads = max(1, min(heads, limit // max(1, segment.length)))
     num_rows = max(16, limit // num_heads)
     for first in range(0, heads, num_heads):
@@ -320,7 +321,7 @@ def _add_text_grads(
             q, o, g = (x[:, some, rows].to(grads[0].dtype) for x in (query, out, grad))
             bias = _rows(mask, rows)
             if bias is not None:
-                bias = mask_bias(bias if bias.shape[1] == 1 else bias[:, some], grads[0].dtype)
+                bias = mask_bias(bias if bias.shape[1] == 1 else bias[:, some], query.dtype).to(grads[0].dtype)
             dq, dk, dv = _attention_grads(q, k, v, bias, o, g, scale)
             grads[0][:, some, rows] = dq
             grads[1][:, some] += dk

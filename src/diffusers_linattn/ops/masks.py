@@ -9,7 +9,7 @@ import torch
 
 from diffusers_linattn.layout import Segment, TokenLayout
 from diffusers_linattn.ops.features import full_precision
-from diffusers_linattn.ops.reference import mask_bias
+from diffusers_linattn.ops.reference import hidden_by, mask_bias
 
 
 def take(x: torch.Tensor, segments: Sequence[Segment], dim: int = 2) -> torch.Tensor:
@@ -81,9 +81,7 @@ def reduce_to_key_mask(mask: torch.Tensor | None, layout: TokenLayout, dtype: to
 
 def _common_row(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The one row that all rows which see anything share, (…, 1, tokens), and which rows those are, (…, tokens, 1)."""
-    # Additive masks often hide with the lowest finite number instead of -inf.
-    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
-    visible = seen.any(-1, keepdim=True)
+    visible = ~hidden_by(mask).all(-1, keepdim=True)
     first = visible.to(torch.uint8).argmax(-2, keepdim=True)
     row = mask.take_along_dim(first, -2)
     uniform = ((mask == row) | ~visible).all()

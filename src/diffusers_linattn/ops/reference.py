@@ -199,10 +199,14 @@ def scan_order(segment: Segment, order: str, device: torch.device) -> torch.Tens
 
 
 def mask_bias(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A boolean (True = visible) or additive attention mask as an additive one."""
-    if mask.dtype != torch.bool:
-        return mask.to(dtype)
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, float("-inf"))
+    """A boolean (True = visible) or additive attention mask as an additive one, -inf where it hides."""
+    bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device) if mask.dtype == torch.bool else mask.to(dtype)
+    return bias.masked_fill(hidden_by(mask), float("-inf"))
+
+
+def hidden_by(mask: torch.Tensor) -> torch.Tensor:
+    """What a boolean or additive mask hides, bool of its shape; often the lowest finite number stands for -inf."""
+    return ~mask if mask.dtype == torch.bool else mask <= torch.finfo(mask.dtype).min
 
 
 def _decayed_weights(q: torch.Tensor, k: torch.Tensor, a: torch.Tensor) -> torch.Tensor:

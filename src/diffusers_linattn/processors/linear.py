@@ -144,7 +144,8 @@ class ValueConvolution(nn.Module):
         batch, model_heads, tokens, head_dim = value.shape
         channels = model_heads * head_dim
         # Heads are cut out of the concatenated channels, so that regrouping them is a reshape.
-        planes = value.permute(0, 2, 1, 3).reshape(batch * grid[0], *grid[1:], heads or model_heads, -1)
+        heads = heads or model_heads
+        planes = value.permute(0, 2, 1, 3).reshape(batch * grid[0], *grid[1:], heads, channels // heads)
         planes = planes.permute(0, 3, 4, 1, 2).flatten(0, 1)
         planes = self.conv(planes)
         planes = planes.reshape(batch * grid[0], channels, *grid[1:]).permute(0, 2, 3, 1)
