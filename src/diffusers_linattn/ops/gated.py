@@ -84,7 +84,8 @@ def gated_linear_attention(
     Raises:
         ValueError: Shapes that do not fit each other or the layout, an unknown `direction`, `order`, `feature_map` or
             `impl`, a mask that shows different keys to different queries, `feature_map=None` with a denominator,
-            text without one, or an `impl` that cannot answer this call or is not installed.
+            text without one, or an `impl` that cannot answer this call or is not installed; `torch.func.jvp`, which
+            `"reference"` alone knows.
 
     Example:
         >>> import torch

@@ -79,7 +79,8 @@ def hybrid_attention(
     Raises:
         ValueError: Shapes or dtypes that do not fit each other or the layout, a window below 1, an unknown
             `feature_map` or `impl`, a mask that requires a gradient or shows different keys to different image
-            queries, or `"triton"` for a call or a device that it cannot answer.
+            queries, or `"triton"` for a call or a device that it cannot answer; `torch.func.jvp`, which `"reference"`
+            alone knows.
 
     Example:
         >>> import torch

@@ -78,8 +78,8 @@ def linear_attention(
 
     Raises:
         ValueError: Shapes that do not fit each other or the layout, an unknown `feature_map` or `impl`, `heads` that
-            do not divide the channels, a mask that shows different keys to different queries, or `"triton"` for a call
-            or a device that it cannot answer.
+            do not divide the channels, a mask that shows different keys to different queries, or `"triton"` for a
+            device, a call or a derivative (`torch.func.jvp`) that it does not know.
 
     Example:
         >>> import torch

@@ -73,8 +73,8 @@ def local_attention(
 
     Raises:
         ValueError: Shapes or dtypes that do not fit each other or the layout; a window below 1; only one of
-            `pooled_key` and `pooled_value`; a mask that requires a gradient; an unknown `impl`, or `"triton"` for a
-            call or a device that it cannot answer.
+            `pooled_key` and `pooled_value`; a mask that requires a gradient; an unknown `impl`, or one that cannot
+            answer this call or runs on another device; `torch.func.jvp`, which `"reference"` alone knows.
 
     Example:
         >>> import torch
