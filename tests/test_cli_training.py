@@ -365,7 +365,7 @@ def test_an_interrupted_command_returns_130(monkeypatch: pytest.MonkeyPatch, cap
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.weekly), signal.SIGINT])
 def test_a_stopped_training_saves_a_checkpoint_and_goes_on(
     model: Path, samples: Path, tmp_path: Path, number: signal.Signals
 ) -> None:

@@ -54,7 +54,7 @@ def stock_graphs() -> int:
         ClearProcessor(window=2, down_factor=2),
         LinearProcessor(),
         GLAProcessor(),
-        GLAProcessor(gates="scalar"),
+        pytest.param(GLAProcessor(gates="scalar"), marks=pytest.mark.weekly),
         HybridProcessor(window=2),
     ],
     ids=repr,

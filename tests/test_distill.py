@@ -134,13 +134,13 @@ def test_it_learns_saves_and_restores(pipe: Any, samples: Samples, tmp_path: Pat
 @pytest.mark.parametrize(
     ("how", "stop_at", "ema_decay"),
     [
-        (signal.SIGINT, 2, None),
+        pytest.param(signal.SIGINT, 2, None, marks=pytest.mark.weekly),
         (signal.SIGINT, 18, 0.9),  # the very last step
         (signal.SIGTERM, 6, 0.9),  # the last step of a group
         (signal.SIGTERM, 14, None),
         ("crash", 3, None),
         ("crash", 9, 0.9),
-        ("crash", 17, None),
+        pytest.param("crash", 17, None, marks=pytest.mark.weekly),
     ],
 )
 def test_a_stopped_run_ends_the_same(

@@ -28,7 +28,9 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processor", ["clear", "linear", "gla", pytest.param("hybrid", marks=pytest.mark.weekly)])
+@pytest.mark.parametrize(
+    "processor", ["linear", *(pytest.param(name, marks=pytest.mark.weekly) for name in ("clear", "gla", "hybrid"))]
+)
 def test_quickstart(processor: str, tmp_path: Path) -> None:
     command = [sys.executable, EXAMPLES / "quickstart.py", "--output", tmp_path, "--processor", processor]
     numbers = {"--samples": 13, "--transfer-steps": 20, "--steps": 4, "--batch-size": 4, "--pictures": 4}
