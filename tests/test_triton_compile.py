@@ -52,7 +52,7 @@ def test_linear_attention_fits(chip: int, head_dim: int, dtype: torch.dtype) -> 
     # them where Triton 3.6 compiles.
     outside = {"query gradient, text": 48, "product, text": 8, "blend gradients, text": 80} if head_dim == 128 else {}
     if head_dim == 72:  # computed with 128 channels, and a mask
-        outside = {"query gradient, text": 160, "blend gradients, text": 80}
+        outside |= {"query gradient": 4, "product, text": 8, "query gradient, text": 160, "blend gradients, text": 80}
     for name in linear.launches(head_dim):
         result = linear.compile_launch(name, head_dim, dtype, chip)
         assert result.loop_spills <= 1, f"{name}: {result}"

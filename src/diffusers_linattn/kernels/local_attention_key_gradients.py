@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from diffusers_linattn.kernels.head_offsets import head_offset
+from diffusers_linattn.kernels.head_offsets import head_offset, offset_along
 from diffusers_linattn.kernels.tile_addressing import (
     in_window,
     key_position,
@@ -189,6 +189,8 @@ def key_gradients_kernel(
     dk = tl.zeros([BLOCK_N, BLOCK_DIM], dtype=tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DIM], dtype=tl.float32)
     first_head = head * groups
+    query += head_offset(batch, first_head, stride_qb, stride_qh, HEAD_DIM)
+    dout += head_offset(batch, first_head, stride_gb, stride_gh, HEAD_DIM)
     numbers = (batch * heads * groups + first_head) * num_tokens
     lse += numbers
     delta += numbers
@@ -218,8 +220,8 @@ def key_gradients_kernel(
                     key_position(column, tl.load(pair + 4)),
                     cut if CUT else first,
                     last if CUT else cut,
-                    query + head_offset(batch, first_head + group, stride_qb, stride_qh, HEAD_DIM),
-                    dout + head_offset(batch, first_head + group, stride_gb, stride_gh, HEAD_DIM),
+                    query + offset_along(group, stride_qh, HEAD_DIM),
+                    dout + offset_along(group, stride_gh, HEAD_DIM),
                     lse + group * num_tokens,
                     delta + group * num_tokens,
                     places,
