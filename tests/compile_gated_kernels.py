@@ -12,7 +12,7 @@ import torch
 
 from diffusers_linattn.kernels.gated_attention import BLOCK, CHUNK, SCAN, choose_warps, product_blocks
 
-from compiled_kernels import CHIPS, TYPES, Compiled, is_divisible, read
+from compiled_kernels import CHIPS, TYPES, Compiled, compile_for
 
 
 # What a training step launches, by name: the kernel and the constants that differ from the usual ones.
@@ -29,7 +29,6 @@ LAUNCHES: dict[str, tuple[str, dict[str, Any]]] = {
 PER_HEAD = {
     f"{name}, a gate per head": (kernel, {**flags, "SCALAR": True}) for name, (kernel, flags) in LAUNCHES.items()
 }
-_INTEGERS = ("heads", "first_head", "chunks", "length", "inner", "outer", "backward", "left")
 _FP32 = ("gate", "weight", "counts", "grad_counts", "decays", "totals", "grad_totals", "dgate")
 _WORKSPACE = ("states", "grad_states", "weights", "grad_weights", "decayed", "decayed_queries", "decayed_keys")
 # The gradient of the operator's output, and that output.
@@ -38,10 +37,6 @@ _FP32_IN = {"weight_gradients_kernel": ("grad",), "gradients_kernel": ("grad",),
 
 def compile_launch(name: str, head_dim: int, dtype: torch.dtype, chip: int) -> Compiled:
     """Compile one launch for `sm_<chip>`."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from diffusers_linattn.kernels import gated_gradients, gated_states, gated_weights
 
     kernel_name, flags = (LAUNCHES | PER_HEAD)[name]
@@ -75,26 +70,10 @@ def compile_launch(name: str, head_dim: int, dtype: torch.dtype, chip: int) -> C
         "KEY_FEATURES": "relu",
         "PRECISION": precision,
     }
-    constants = {key: value for key, value in (constants | flags).items() if key in kernel.arg_names}
-    signature, attributes = {}, {}
-    for i, argument in enumerate(kernel.arg_names):
-        if argument in constants:
-            signature[argument] = "constexpr"
-        elif argument in _INTEGERS:
-            signature[argument] = "i32"
-        elif argument.startswith("stride_"):
-            signature[argument] = "i32"
-            if is_divisible(argument, head_dim):
-                attributes[(i,)] = [["tt.divisibility", 16]]
-        else:
-            element = "bf16" if half and argument in _WORKSPACE else "fp32"
-            given = argument in _FP32 + _WORKSPACE + _FP32_IN.get(kernel_name, ())
-            signature[argument] = "*" + (element if given else TYPES[dtype])
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    types = dict.fromkeys(_FP32 + _FP32_IN.get(kernel_name, ()), "fp32")
+    types |= dict.fromkeys(_WORKSPACE, "bf16" if half else "fp32")
     warps = choose_warps(torch.bfloat16 if half else torch.float32, precision)
-    options = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
-    return read(triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options))
+    return compile_for(chip, kernel, constants | flags, dtype, types, head_dim, warps, 1)
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ import torch
 
 from diffusers_linattn.kernels.linear_launches import Launch, block_of, choose_launch
 
-from compiled_kernels import CHIPS, TYPES, Compiled, is_divisible, read
+from compiled_kernels import CHIPS, TYPES, Compiled, compile_for
 
 
 # What a training step of each kind launches, by name: the kernel and the constants that differ from the usual ones.
@@ -38,7 +38,6 @@ BLENDS: dict[str, tuple[str, dict[str, Any]]] = {
     "blend, text": ("blend_kernel", {"HAS_TEXT": True}),
     "blend gradients, text": ("blend_gradients_kernel", {"HAS_TEXT": True}),
 }
-_INTEGERS = ("heads", "num_tokens", "num_text", "share")
 _FP32 = ("weights", "counts", "state", "normalizer", "text_bias", "lse", "shrunk", "minus_delta", "dsums", "dcounts")
 
 # What else is fp32: parts that are added up, and the sums that are blended.
@@ -53,10 +52,6 @@ def launches(head_dim: int) -> list[str]:
 
 def compile_launch(name: str, head_dim: int, dtype: torch.dtype, chip: int, launch: Launch | None = None) -> Compiled:
     """Compile one launch for `sm_<chip>`."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from diffusers_linattn.kernels import linear_attention_backward as backward
     from diffusers_linattn.kernels import linear_attention_forward as forward
     from diffusers_linattn.kernels import text_blending_passes as blending
@@ -83,27 +78,8 @@ def compile_launch(name: str, head_dim: int, dtype: torch.dtype, chip: int, laun
         "SPLIT": dtype == torch.bfloat16,
         "PRECISION": "tf32" if dtype == torch.float16 else "ieee",
     }
-    constants = {key: value for key, value in (constants | flags).items() if key in kernel.arg_names}
-    signature, attributes = {}, {}
-    for i, argument in enumerate(kernel.arg_names):
-        signature[argument] = _type(kernel_name, argument, TYPES[dtype], constants)
-        if signature[argument].startswith("*") or is_divisible(argument, head_dim):
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
-    return read(triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options))
-
-
-def _type(kernel: str, argument: str, element: str, constants: dict[str, Any]) -> str:
-    if argument in constants:
-        return "constexpr"
-    if argument.startswith("stride_") or argument in _INTEGERS:
-        return "i32"
-    if argument in ("scale", "log2_scale"):
-        return "fp32"
-    if argument in _FP32 or argument in _FP32_IN.get(kernel, ()):
-        return "*fp32"
-    return f"*{element}"
+    types = dict.fromkeys(_FP32 + _FP32_IN.get(kernel_name, ()), "fp32")
+    return compile_for(chip, kernel, constants | flags, dtype, types, head_dim, launch.warps, launch.stages)
 
 
 def main() -> None:

@@ -12,7 +12,14 @@ import torch
 
 from diffusers_linattn.kernels.tile_configurations import FAMILIES, Tiles, block_dim, choose_configuration
 
-from compiled_kernels import CHIPS, TYPES, Compiled, is_divisible, read
+from compiled_kernels import CHIPS, TYPES, Compiled, compile_for
+
+
+_TYPES = {
+    **dict.fromkeys(("bias", "lse", "delta", "pairs", "partial"), "fp32"),
+    **dict.fromkeys(("items", "runs", "query_segments", "key_segments"), "i32"),
+    "places": "i64",
+}
 
 
 def launches(head_dim: int, dtype: torch.dtype, chip: int) -> dict[str, Tiles]:
@@ -29,10 +36,6 @@ def compile_kernel(
     name: str, tiles: Tiles, head_dim: int, dtype: torch.dtype, chip: int, family: str = "picture", **flags: Any
 ) -> Compiled:
     """Compile one kernel for `sm_<chip>`; `flags` override constants of the kernel, such as HAS_BIAS."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from diffusers_linattn.kernels import local_attention_forward, local_attention_key_gradients
     from diffusers_linattn.kernels import local_attention_query_gradient as query_gradient
 
@@ -54,41 +57,7 @@ def compile_kernel(
     }
     for side, shape in (("QUERY", queries), ("KEY", keys)):
         constants |= dict(zip((f"{side}_FRAMES", f"{side}_ROWS", f"{side}_COLUMNS"), shape, strict=True))
-    constants = {key: value for key, value in (constants | flags).items() if key in kernel.arg_names}
-    signature, attributes = {}, {}
-    for i, argument in enumerate(kernel.arg_names):
-        signature[argument] = _type(argument, TYPES[dtype], constants)
-        if signature[argument].startswith("*") or is_divisible(argument, head_dim):
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": tiles.warps, "num_stages": tiles.stages, "enable_fp_fusion": True}
-    return read(triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options))
-
-
-def _type(argument: str, element: str, constants: dict[str, Any]) -> str:
-    if argument in constants:
-        return "constexpr"
-    if argument in ("places",):
-        return "*i64"
-    if argument in ("items", "runs", "query_segments", "key_segments"):
-        return "*i32"
-    if argument in ("bias", "lse", "delta", "pairs", "partial"):
-        return "*fp32"
-    if argument in ("scale", "log2_scale"):
-        return "fp32"
-    if argument.startswith("stride_") or argument in (
-        "heads",
-        "groups",
-        "pooled_groups",
-        "num_tokens",
-        "num_pooled",
-        "num_segments",
-        "text_items",
-        "num_items",
-        "slots",
-    ):
-        return "i32"
-    return f"*{element}"
+    return compile_for(chip, kernel, constants | flags, dtype, _TYPES, head_dim, tiles.warps, tiles.stages)
 
 
 def main() -> None:

@@ -37,12 +37,46 @@ class Compiled:
         return f"{self.registers:4} {self.stack:5} {spills} {self.shared:7} {loops}  {self.products}"
 
 
-def is_divisible(argument: str, head_dim: int) -> bool:
-    """Whether 16 divides a stride of (batch, tokens, heads, head_dim) tensors: not that between heads of 72."""
-    return argument.startswith("stride_") and not (argument.endswith("h") and head_dim % 16)
+def compile_for(
+    chip: int,
+    kernel: Any,
+    constants: dict[str, Any],
+    dtype: torch.dtype,
+    types: dict[str, str],
+    head_dim: int,
+    warps: int,
+    stages: int,
+) -> Compiled:
+    """Compile a kernel of Triton for `sm_<chip>`, and read what it needs.
+
+    constants: values by name, of which the kernel takes those that it has. types: what pointers point to by name,
+    where it is not `dtype`. The kernel's `do_not_specialize` names its integers.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    signature, attributes = {}, {}
+    for i, argument in enumerate(kernel.arg_names):
+        if argument in constants:
+            signature[argument] = "constexpr"
+        elif argument in ("scale", "log2_scale"):
+            signature[argument] = "fp32"
+        elif argument in kernel.do_not_specialize:
+            signature[argument] = "i32"
+        else:
+            stride = argument.startswith("stride_")
+            signature[argument] = "i32" if stride else "*" + types.get(argument, TYPES[dtype])
+            # 16 does not divide strides between heads of 72 in tensors of (batch, tokens, heads, head_dim).
+            if not (stride and argument.endswith("h") and head_dim % 16):
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    return _read(triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options))
 
 
-def read(compiled: Any) -> Compiled:
+def _read(compiled: Any) -> Compiled:
     """What a kernel compiled by Triton needs, from its machine code and what comes before it."""
     import triton
 

@@ -216,11 +216,11 @@ def test_processor_in_a_model():
     torch.testing.assert_close(outputs["triton"], outputs["tiled"], atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("mask", [None, "keys"])
+@pytest.mark.parametrize("mask", [None, "additive"])
 def test_operator_registration(mask):
     layout = SMALL["small"]
     tensors = make_inputs(layout, torch.float32, heads=1, pooled=3)
-    mask = mask and make_mask(mask, layout, 1, torch.float32)
+    mask = mask and make_mask(mask, layout, 1, torch.float32, heads=1)
     tensors = [x.requires_grad_() for x in tensors]
     operator = torch.ops.diffusers_linattn.local_attention_triton.default
     torch.library.opcheck(operator, (*tensors, mask, layout.encode(), 3, None, 0.25))

@@ -60,8 +60,9 @@ def weight_gradients_kernel(
 ):
     """Gradients of the weights inside each chunk, (heads, chunks, C, C). Grid (chunks, 1, heads)."""
     chunk, slot, head = tl.program_id(0), tl.program_id(2).to(tl.int64), (first_head + tl.program_id(2)).to(tl.int64)
-    grad += head_offset(head // heads, head % heads, stride_ob, stride_oh, VALUE_DIM)
-    value += head_offset(head // heads, head % heads, stride_vb, stride_vh, VALUE_DIM)
+    batch, own_head = head // heads, head % heads
+    grad += head_offset(batch, own_head, stride_ob, stride_oh, VALUE_DIM)
+    value += head_offset(batch, own_head, stride_vb, stride_vh, VALUE_DIM)
     dtype: tl.constexpr = grad_weights.dtype.element_ty
     token, valid = run_tokens(chunk, length, inner, outer, backward, CHUNK, COLUMNS)
     acc = tl.zeros([CHUNK, CHUNK], dtype=tl.float32)
@@ -148,16 +149,17 @@ def gradients_kernel(
     `SCALAR` one per block of K, which the caller adds up.
     """
     chunk, slot, head = tl.program_id(0), tl.program_id(2).to(tl.int64), (first_head + tl.program_id(2)).to(tl.int64)
+    batch, own_head = head // heads, head % heads
     channel = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     GATE_DIM: tl.constexpr = 1 if SCALAR else KEY_DIM
-    query += head_offset(head // heads, head % heads, stride_qb, stride_qh, KEY_DIM)
-    key += head_offset(head // heads, head % heads, stride_kb, stride_kh, KEY_DIM)
-    gate += head_offset(head // heads, head % heads, stride_gb, stride_gh, GATE_DIM)
-    value += head_offset(head // heads, head % heads, stride_vb, stride_vh, VALUE_DIM)
-    grad += head_offset(head // heads, head % heads, stride_ob, stride_oh, VALUE_DIM)
-    dquery += head_offset(head // heads, head % heads, stride_dqb, stride_dqh, KEY_DIM)
-    dkey += head_offset(head // heads, head % heads, stride_dkb, stride_dkh, KEY_DIM)
-    dgate += head_offset(head // heads, head % heads, stride_dgb, stride_dgh, GATE_DIM)
+    query += head_offset(batch, own_head, stride_qb, stride_qh, KEY_DIM)
+    key += head_offset(batch, own_head, stride_kb, stride_kh, KEY_DIM)
+    gate += head_offset(batch, own_head, stride_gb, stride_gh, GATE_DIM)
+    value += head_offset(batch, own_head, stride_vb, stride_vh, VALUE_DIM)
+    grad += head_offset(batch, own_head, stride_ob, stride_oh, VALUE_DIM)
+    dquery += head_offset(batch, own_head, stride_dqb, stride_dqh, KEY_DIM)
+    dkey += head_offset(batch, own_head, stride_dkb, stride_dkh, KEY_DIM)
+    dgate += head_offset(batch, own_head, stride_dgb, stride_dgh, GATE_DIM)
     grad_totals += head * length
     grad_weights += (slot * chunks + chunk) * 4 * HALF * HALF
     LEFT: tl.constexpr = 1 if BOTH else 0  # where what has decayed to the left lies among `decayed_queries`

@@ -64,10 +64,11 @@ def states_kernel(
     (all heads, tokens); else it is 1.
     """
     chunk, slot, head = tl.program_id(0), tl.program_id(2).to(tl.int64), (first_head + tl.program_id(2)).to(tl.int64)
+    batch, own_head = head // heads, head % heads
     value_blocks: tl.constexpr = (VALUE_DIM + BLOCK_V - 1) // BLOCK_V
     channel = tl.program_id(1) // value_blocks * BLOCK_K + tl.arange(0, BLOCK_K)
     column = tl.program_id(1) % value_blocks * BLOCK_V + tl.arange(0, BLOCK_V)
-    value += head_offset(head // heads, head % heads, stride_vb, stride_vh, VALUE_DIM)
+    value += head_offset(batch, own_head, stride_vb, stride_vh, VALUE_DIM)
     weight += head * length
 
     dtype: tl.constexpr = states.dtype.element_ty
@@ -195,9 +196,10 @@ def output_kernel(
     value's gradient.
     """
     chunk, slot, head = tl.program_id(0), tl.program_id(2).to(tl.int64), (first_head + tl.program_id(2)).to(tl.int64)
+    batch, own_head = head // heads, head % heads
     column = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    value += head_offset(head // heads, head % heads, stride_vb, stride_vh, VALUE_DIM)
-    out += head_offset(head // heads, head % heads, stride_ob, stride_oh, VALUE_DIM)
+    value += head_offset(batch, own_head, stride_vb, stride_vh, VALUE_DIM)
+    out += head_offset(batch, own_head, stride_ob, stride_oh, VALUE_DIM)
 
     token, valid = run_tokens(chunk, length, inner, outer, backward, CHUNK, COLUMNS)
     dtype: tl.constexpr = states.dtype.element_ty

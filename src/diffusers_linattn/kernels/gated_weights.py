@@ -70,10 +70,11 @@ def weights_kernel(
     K | 1).
     """
     chunk, slot, head = tl.program_id(0), tl.program_id(2).to(tl.int64), (first_head + tl.program_id(2)).to(tl.int64)
+    batch, own_head = head // heads, head % heads
     GATE_DIM: tl.constexpr = 1 if SCALAR else KEY_DIM
-    query += head_offset(head // heads, head % heads, stride_qb, stride_qh, KEY_DIM)
-    key += head_offset(head // heads, head % heads, stride_kb, stride_kh, KEY_DIM)
-    gate += head_offset(head // heads, head % heads, stride_gb, stride_gh, GATE_DIM)
+    query += head_offset(batch, own_head, stride_qb, stride_qh, KEY_DIM)
+    key += head_offset(batch, own_head, stride_kb, stride_kh, KEY_DIM)
+    gate += head_offset(batch, own_head, stride_gb, stride_gh, GATE_DIM)
     dtype: tl.constexpr = weights.dtype.element_ty
     LEFT: tl.constexpr = 1 if BOTH else 0  # where what has decayed to the left lies among `decayed_queries`
 

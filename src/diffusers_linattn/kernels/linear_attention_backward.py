@@ -23,6 +23,7 @@ from diffusers_linattn.kernels.linear_blocks import (
     store_block,
     through_features,
 )
+from diffusers_linattn.kernels.local_attention_forward import load_bias
 
 
 @triton.jit(do_not_specialize=["heads", "num_tokens", "num_text", "share"])
@@ -193,10 +194,7 @@ def add_text_to_query_gradient(
         there = text0 + text < num_text
         k = load_block(text_key, text0, stride_tkn, there, feature, FEATURES)
         v = load_block(text_value, text0, stride_tvn, there, channel, COLUMNS)
-        if HAS_BIAS:
-            added = tl.load(text_bias + text0 + text, mask=there, other=float("-inf"))
-        else:
-            added = tl.where(there, 0.0, float("-inf"))
+        added = load_bias(text_bias + text0 + text, there, HAS_BIAS)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * log2_scale + added[None, :]
         p = tl.exp2(scores - sums[:, None])
         dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
@@ -333,10 +331,7 @@ def text_gradients_kernel(
     there = text < num_text
     k = load_block(text_key, text0, stride_tkn, there, feature, FEATURES)
     v = load_block(text_value, text0, stride_tvn, there, column, COLUMNS)
-    if HAS_BIAS:
-        added = tl.load(text_bias + batch * stride_bb + head * stride_bh + text, mask=there, other=float("-inf"))
-    else:
-        added = tl.where(there, 0.0, float("-inf"))
+    added = load_bias(text_bias + batch * stride_bb + head * stride_bh + text, there, HAS_BIAS)
 
     dk = tl.zeros([BLOCK_T, BLOCK_K], dtype=tl.float32)
     dv = tl.zeros([BLOCK_T, BLOCK_V], dtype=tl.float32)

@@ -24,7 +24,7 @@ from diffusers_linattn.kernels.linear_blocks import (
     store_block,
     weigh,
 )
-from diffusers_linattn.kernels.local_attention_forward import attend
+from diffusers_linattn.kernels.local_attention_forward import attend, load_bias
 
 
 @triton.jit(do_not_specialize=["heads", "num_tokens", "share"])
@@ -242,9 +242,6 @@ def add_text(
         there = text0 + text < num_text
         k = load_block(text_key, text0, stride_tkn, there, feature, FEATURES)
         v = load_block(text_value, text0, stride_tvn, there, column, COLUMNS)
-        if HAS_BIAS:
-            added = tl.load(text_bias + text0 + text, mask=there, other=float("-inf"))
-        else:
-            added = tl.where(there, 0.0, float("-inf"))
+        added = load_bias(text_bias + text0 + text, there, HAS_BIAS)
         acc, total, peak = attend(acc, total, peak, q, k, v, log2_scale, added, PRECISION, None, False)
     return acc, total, peak

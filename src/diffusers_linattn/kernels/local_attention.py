@@ -57,9 +57,9 @@ def local_attention_triton(
     """`reference.local_attention` on checked arguments, and the base-2 logarithm of each query's sum of exponentials.
 
     query is (B, H, N, D), key and value (B, key heads, N, D), pooled_key and pooled_value (B, key heads | H, P, D)
-    with P = 0 where there are none, mask (B | 1, H | 1, 1, N), `layout` is `TokenLayout.encode()`. The output is
-    (B, H, N, D) in the memory order of (B, N, H, D), the second result fp32 (B, H, N), +inf for queries that see
-    nothing. Both have gradients.
+    with P = 0 where there are none, mask is added to the scores, fp32 (B | 1, H | 1, 1, N), `layout` is
+    `TokenLayout.encode()`. The output is (B, H, N, D) in the memory order of (B, N, H, D), the second result fp32
+    (B, H, N), +inf for queries that see nothing. Both have gradients.
     """
     from diffusers_linattn.kernels.local_attention_forward import forward_kernel
 
@@ -187,7 +187,8 @@ class _Call:
         self.has_bias = mask is not None
         self.bias, bias_strides = query, [0, 0]  # not read without a mask
         if mask is not None:
-            self.bias = log2_bias(mask).expand(*query.shape[:2], -1)
+            # In units of log 2; kernels step from key to key by 1.
+            self.bias = (mask[:, :, 0] * LOG2_E).contiguous().expand(*query.shape[:2], -1)
             bias_strides = list(self.bias.stride()[:2])
         self.bias_strides = bias_strides
         self.strides = [stride for x in self.tensors for stride in strides_of(x)] + bias_strides
@@ -268,11 +269,3 @@ def _launch(kernel: Any, grid: tuple[int, ...], tiles: Tiles, *arguments: list[A
 @functools.lru_cache(maxsize=64)
 def _tables(lists: TileLists, device: torch.device) -> tuple[torch.Tensor, ...]:
     return lists.to(device)
-
-
-def log2_bias(mask: torch.Tensor) -> torch.Tensor:
-    """A boolean or additive mask of keys, (B | 1, H | 1, 1, N), as fp32 (B | 1, H | 1, N) in units of log 2."""
-    mask = mask[:, :, 0]
-    if mask.dtype != torch.bool:
-        return (mask.float() * LOG2_E).contiguous()  # kernels step from key to key by 1
-    return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, float("-inf"))

@@ -28,8 +28,28 @@ from diffusers_linattn.kernels.tile_addressing import (
 )
 
 
+# Arguments that no kernel is compiled anew for, as Triton otherwise does for 1 and for multiples of 16.
+SIZES = (
+    "heads",
+    "groups",
+    "pooled_groups",
+    "num_tokens",
+    "num_pooled",
+    "num_segments",
+    "text_items",
+    "num_items",
+)
+
 # Below every score, and finite: a difference of two is not NaN.
 _LOWEST = tl.constexpr(-1.0e30)
+
+
+@triton.jit
+def load_bias(pointers, there, HAS_BIAS: tl.constexpr):
+    """What is added to the scores of keys: the mask's or 0, and -inf for keys that do not exist."""
+    if HAS_BIAS:
+        return tl.load(pointers, mask=there, other=float("-inf"))
+    return tl.where(there, 0.0, float("-inf"))
 
 
 @triton.jit
@@ -93,10 +113,7 @@ def _attend_tiles(
         valid = (row0 + row < height) & (column0 + column < width) & (token0 + token < stop)
         k = load_rows(key + token0.to(tl.int64) * stride_kn + key_offsets, valid, HEAD_DIM, BLOCK_DIM)
         v = load_rows(value + token0.to(tl.int64) * stride_vn + value_offsets, valid, HEAD_DIM, BLOCK_DIM)
-        if HAS_BIAS:
-            added = tl.load(bias + token0 + token, mask=valid, other=float("-inf"))
-        else:
-            added = tl.where(valid, 0.0, float("-inf"))
+        added = load_bias(bias + token0 + token, valid, HAS_BIAS)
         if CUT:
             visible = in_window(
                 query_row[:, None],
@@ -118,18 +135,7 @@ def _attend_tiles(
     return acc, total, peak
 
 
-@triton.jit(
-    do_not_specialize=[
-        "heads",
-        "groups",
-        "pooled_groups",
-        "num_tokens",
-        "num_pooled",
-        "num_segments",
-        "text_items",
-        "num_items",
-    ]
-)
+@triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
     query,
     key,

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from diffusers_linattn.kernels.head_offsets import head_offset, offset_along
+from diffusers_linattn.kernels.local_attention_forward import load_bias
 from diffusers_linattn.kernels.tile_addressing import (
     in_window,
     key_position,
@@ -196,14 +197,8 @@ def key_gradients_kernel(
     delta += numbers
     for i in range(groups):
         group = tl.cast(i, tl.int64)
-        if HAS_BIAS:
-            added = tl.load(
-                bias + batch * stride_bb + (first_head + group) * stride_bh + token0 + token,
-                mask=valid,
-                other=float("-inf"),
-            )
-        else:
-            added = tl.where(valid, 0.0, float("-inf"))
+        biases = bias + batch * stride_bb + (first_head + group) * stride_bh + token0 + token
+        added = load_bias(biases, valid, HAS_BIAS)
         for run in range(first_run, last_run):
             query_segment = tl.load(runs + 4 * run)
             first, cut, last = tl.load(runs + 4 * run + 1), tl.load(runs + 4 * run + 2), tl.load(runs + 4 * run + 3)

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from diffusers_linattn.kernels.head_offsets import head_offset
+from diffusers_linattn.kernels.local_attention_forward import SIZES, load_bias
 from diffusers_linattn.kernels.tile_addressing import (
     in_window,
     item_and_head,
@@ -86,10 +87,7 @@ def _query_tiles(
         valid = (row0 + row < height) & (column0 + column < width) & (token0 + token < stop)
         k = load_rows(key + token0.to(tl.int64) * stride_kn + key_offsets, valid, HEAD_DIM, BLOCK_DIM)
         v = load_rows(value + token0.to(tl.int64) * stride_vn + value_offsets, valid, HEAD_DIM, BLOCK_DIM)
-        if HAS_BIAS:
-            added = tl.load(bias + token0 + token, mask=valid, other=float("-inf"))
-        else:
-            added = tl.where(valid, 0.0, float("-inf"))
+        added = load_bias(bias + token0 + token, valid, HAS_BIAS)
         if CUT:
             visible = in_window(
                 query_row[:, None],
@@ -111,18 +109,7 @@ def _query_tiles(
     return dq
 
 
-@triton.jit(
-    do_not_specialize=[
-        "heads",
-        "groups",
-        "pooled_groups",
-        "num_tokens",
-        "num_pooled",
-        "num_segments",
-        "text_items",
-        "num_items",
-    ]
-)
+@triton.jit(do_not_specialize=SIZES)
 def query_gradient_kernel(
     query,
     key,

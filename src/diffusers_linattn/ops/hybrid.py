@@ -19,7 +19,6 @@ from diffusers_linattn.ops.checks import (
     check_choice,
     check_tensor,
     check_window,
-    refuse_tangents,
     repeat_heads,
 )
 from diffusers_linattn.ops.features import FeatureMapArgument, check_features, full_precision, resolve_feature_map
@@ -136,8 +135,6 @@ def hybrid_attention(
         return _zero_where_all_is_hidden(output, mask).to(value.dtype)
 
     impl = choose_impl(query, value, layout, window, temporal_window, mask) if impl is None else impl
-    if impl != "dense":
-        refuse_tangents(impl, query, key, value)
     attend = _attend_in_kernel if impl == "triton" else functools.partial(_attend_with_null_key, impl=impl)
     sums_of = functools.partial(_sums_of_kernel, layout) if impl == "triton" else _sums_beside_null_key
     with torch.autocast(query.device.type, enabled=False):

@@ -99,8 +99,6 @@ def local_attention(
 
     if impl is None:
         impl = choose_impl(query, value, layout, window, temporal_window, mask)
-    if impl in ("triton", "tiled"):
-        refuse_tangents(impl, query, key, value, pooled_key, pooled_value)
     if impl == "triton":
         tensors = (query, key, value, pooled_key, pooled_value)
         return attend_in_kernel(*tensors, mask, layout, window, temporal_window, scale)[0]
@@ -108,6 +106,7 @@ def local_attention(
     key, value, pooled_key, pooled_value = (repeat_heads(x, heads) for x in (key, value, pooled_key, pooled_value))
     with torch.autocast(query.device.type, enabled=False):
         if impl == "tiled":
+            refuse_tangents(impl, query, key, value, pooled_key, pooled_value)
             settings = (layout.encode(), window, temporal_window, scale)
             return local_attention_tiled(query, key, value, pooled_key, pooled_value, mask, *settings)
         if impl == "reference":
@@ -144,10 +143,10 @@ def attend_in_kernel(
     reason = why_not_triton(query, value, mask)
     if reason is not None:
         raise ValueError(f"impl='triton' cannot answer this call: {reason}.")
-    if mask is not None and mask.dtype != torch.bool:
-        mask = reference.mask_bias(mask, torch.float32)
+    refuse_tangents("triton", query, key, value, pooled_key, pooled_value)
+    bias = None if mask is None else reference.mask_bias(mask, torch.float32)
     settings = (layout.encode(), window, temporal_window, scale)
-    return local_attention_triton(query, key, value, pooled_key, pooled_value, mask, *settings)
+    return local_attention_triton(query, key, value, pooled_key, pooled_value, bias, *settings)
 
 
 def _window_mask(layout: TokenLayout, window: int, temporal_window: int | None, device: torch.device) -> torch.Tensor:
