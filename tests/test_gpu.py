@@ -237,6 +237,9 @@ def test_kernel_is_chosen_and_captured_in_a_graph() -> None:
     with torch.no_grad():
         for x in leaves:
             x.copy_(torch.randn_like(x))
+        other = torch.randn(1, 4, 256, 128, dtype=torch.bfloat16, device="cuda")
+        for window in range(1, 100):  # the graph keeps its lists of tiles, however many others are made
+            local_attention(other, other, other, TokenLayout.image((1, 16, 16)), window=window, impl="triton")
     graph.replay()
     for a, b in zip(captured, step(), strict=True):
         assert torch.equal(a, b)

@@ -132,6 +132,21 @@ def test_processors_are_not_put_back_without_the_trained_weights_around_them(tak
     assert torch.equal(target(**tiny.flux_inputs())[0], expected)
 
 
+@torch.no_grad()
+def test_processors_are_not_put_back_without_the_lora_beside_them() -> None:
+    peft = pytest.importorskip("peft")
+    model = linearize(tiny.flux(), ClearProcessor(window=2))
+    targets = [f"{layer.name}.to_q" for layer in layers_of(model)]
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False), "linear_attention")
+    trained, kept = model(**tiny.flux_inputs())[0], dict(model.attn_processors)
+    model.set_attn_processor(dict(kept))
+    assert torch.equal(model(**tiny.flux_inputs())[0], trained)
+    restore(model)
+    with pytest.raises(ValueError, match=r"took the trained projections out.* \(load_linear_attention\)"):
+        model.set_attn_processor(kept)
+    assert windows(model) == [None] * 4
+
+
 @pytest.mark.parametrize(
     "make", [tiny.flux_pipeline, tiny.flux, tiny.dit_pipeline, tiny.dit], ids=lambda f: f.__name__
 )

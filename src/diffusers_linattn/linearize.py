@@ -264,7 +264,7 @@ def restore_layer(layer: Layer) -> None:
     processor = layer.processor
     if processor is None:
         return
-    remove_lora(layer.model, layer.attn)
+    processor.lost_lora |= remove_lora(layer.model, layer.attn)
     processor.check_fused_loras(layer.attn)
     own = processor.weights_of(layer.attn)
     # Projections that are fused by now are made again from the restored ones.

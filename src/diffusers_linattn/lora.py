@@ -152,16 +152,22 @@ def add_lora(model: Any, lora: Mapping[str, LowRank], *, converted: Collection[n
         parameter.requires_grad_(flags.get(parameter, False))
 
 
-def remove_lora(model: Any, attn: nn.Module) -> None:
-    """Take what [`add_lora`] added out of one layer, and its name out of the model with the last of it."""
+def remove_lora(model: Any, attn: nn.Module) -> bool:
+    """Take what [`add_lora`] added out of one layer, and its name out of the model with the last of it.
+
+    Returns:
+        Whether there was something to take out.
+    """
     if LORA_NAME not in getattr(model, "peft_config", {}):
-        return
+        return False
+    removed = False
     for place, module in _wrapped(attn).items():
         if LORA_NAME not in module.lora_A:
             continue
         if LORA_NAME in module.merged_adapters:
             module.unmerge()
         module.delete_adapter(LORA_NAME)
+        removed = True
         if not module.lora_A:
             parent, _, child = place.rpartition(".")
             setattr(attn.get_submodule(parent), child, module.base_layer)
@@ -170,6 +176,7 @@ def remove_lora(model: Any, attn: nn.Module) -> None:
         if not model.peft_config:
             del model.peft_config
             model._hf_peft_config_loaded = False
+    return removed
 
 
 @contextmanager

@@ -149,11 +149,13 @@ def _keeps(layer: Layer, processor: BaseProcessor | None) -> bool:
 
 def _check_still_trained(place: str, processor: BaseProcessor | None) -> None:
     """Raise for an installed processor that was taken out together with the layer's weights that belong to it."""
-    if processor is not None and not processor.is_template and processor.original_weights:
+    if processor is None or processor.is_template:
+        return
+    if processor.original_weights or processor.lost_lora:
         raise ValueError(
-            f"The {type(processor).__name__} for {place} belongs with trained projections that are not in this layer: "
-            "restore() took the trained projections out, or they are in another model. Load the student again "
-            "(load_linear_attention), or compare with original_attention(pipe), which puts them back."
+            f"The {type(processor).__name__} for {place} belongs with trained projections, or a LoRA, that are not in "
+            "this layer: restore() took the trained projections out, or they are in another model. Load the student "
+            "again (load_linear_attention), or compare with original_attention(pipe), which puts them back."
         )
 
 

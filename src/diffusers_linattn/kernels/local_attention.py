@@ -266,6 +266,11 @@ def _launch(kernel: Any, grid: tuple[int, ...], tiles: Tiles, *arguments: list[A
         run_kernel(kernel, grid, flat[0].device, *flat, num_warps=tiles.warps, num_stages=tiles.stages)
 
 
-@functools.lru_cache(maxsize=64)
 def _tables(lists: TileLists, device: torch.device) -> tuple[torch.Tensor, ...]:
-    return lists.to(device)
+    captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return (_kept_tables if captured else _recent_tables)(lists, device)
+
+
+_recent_tables = functools.lru_cache(maxsize=64)(TileLists.to)
+# A CUDA graph reads its tables at every replay, however many others have been made since it was captured.
+_kept_tables = functools.cache(_recent_tables)

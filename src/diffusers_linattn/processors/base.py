@@ -70,6 +70,7 @@ class BaseProcessor(nn.Module):
         self.scope = "joint"
         self.original_weights: dict[str, torch.Tensor] = {}
         self.fused_loras: frozenset[tuple[str, str]] = frozenset()
+        self.lost_lora = False  # whether it was taken out of its layer with a LoRA that belongs to it
 
     def to_config(self) -> dict[str, Any]:
         """The constructor arguments, JSON-able; `type(processor).from_config` takes them back."""
