@@ -222,7 +222,12 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "an index to an absolute path": (lambda d: index(d, {POOL: "/etc/secret.safetensors"}), "named without a path"),
     "an index to pickle": (lambda d: index(d, {POOL: "weights.bin"}), r"\.safetensors file"),
     "an index to numbers": (lambda d: index(d, {POOL: 1}), r"\.safetensors file"),
-    "an index to what is missing": (lambda d: index(d, {POOL: "a.safetensors"}), "has no a.safetensors"),
+    "an index to what is missing": (
+        lambda d: index(d, dict.fromkeys(load_file(d / WEIGHTS_NAME), "a.safetensors")),
+        "has no a.safetensors",
+    ),
+    "an index of other tensors": (lambda d: index(d, {"a" * 10_000 + "\x1b[2J": "a.safetensors"}), r"extra 'aaa.*2J'"),
+    "a metric too large": (lambda d: edit(d, lambda c: c.update(metrics={"a": 10**4000})), "must be a finite number"),
     "an index to thousands": (
         lambda d: index(d, {f"{i}": f"a{i}.safetensors" for i in range(5_000)}),
         "names 5000 files; at most 1000",

@@ -346,6 +346,37 @@ def test_weights_that_cannot_belong_to_the_model_are_not_downloaded(hub: Hub, mo
     assert not [path for method, path in hub.log if method == "GET" and not path.endswith(CONFIG_NAME)]
 
 
+def test_weights_are_downloaded_after_all_that_can_be_checked_without(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_linear_attention(student(), tmp_path / "shards", max_shard_size="1KB")
+    push_folder(tmp_path / "shards", REPO)
+    files = hub.files(REPO)
+    shards = {hashlib.sha256(content).hexdigest() for name, content in files.items() if name.endswith(".safetensors")}
+
+    def downloaded() -> int:
+        return len({path for method, path in hub.log if method == "GET" and path.rpartition("/")[2] in shards})
+
+    with pytest.raises(ValueError, match="is for a FluxTransformer2DModel, this model is a DiTTransformer2DModel"):
+        load_linear_attention(tiny.dit(), REPO)
+    assert downloaded() == 0
+    index = f"{WEIGHTS_NAME}.index.json"
+    renamed = json.loads(files[index])
+    renamed["weight_map"] = {f"{name}s": file for name, file in renamed["weight_map"].items()}
+    hub.repos[REPO].commit({**files, index: json.dumps(renamed).encode()})
+    with pytest.raises(ValueError, match="misses .* has extra"):
+        load_linear_attention(tiny.flux(), REPO)
+    assert downloaded() == 0
+    # Each file fits into what the model could need, all of them together do not.
+    hub.repos[REPO].commit(files)
+    total = sum(len(content) for name, content in files.items() if name.endswith(".safetensors"))
+    monkeypatch.setattr("diffusers_linattn.sharing.checkpoint.MAX_OVERHEAD", total - 1)
+    monkeypatch.setattr("diffusers_linattn.sharing.checkpoint.MAX_BYTES_PER_NUMBER", 0)
+    with pytest.raises(ValueError, match=r"has \d+ bytes where at most \d+ can belong"):
+        load_linear_attention(tiny.flux(), REPO)
+    assert 0 < downloaded() < len(shards)
+
+
 def test_the_token_reaches_no_other_origin_and_no_log(hub: Hub, caplog: pytest.LogCaptureFixture) -> None:
     for name in ("huggingface_hub", "diffusers_linattn", "httpx2", "httpcore2"):
         caplog.set_level(logging.DEBUG, name)

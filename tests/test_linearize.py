@@ -230,8 +230,9 @@ def test_sequential_offload(template: BaseProcessor) -> None:
     assert torch.equal(model(**inputs)[0], expected)
     late = tiny.flux()
     cpu_offload(late, execution_device="cpu")
-    with pytest.raises(ValueError, match="convert it before enable_sequential_cpu_offload"):
-        linearize(late, template)
+    for refused in (template, LinearProcessor(kernel_size=0, reset_projections=True)):
+        with pytest.raises(ValueError, match="convert it before enable_sequential_cpu_offload"):
+            linearize(late, refused)
 
 
 def test_linearize_returns_what_it_got_and_a_template_stays_a_template() -> None:

@@ -187,7 +187,11 @@ def plan(
         raise ValueError(not_a_processor(mapping))
     if not chosen:
         raise ValueError("No layer is selected: layers= or the mapping is empty.")
-    return [(candidates[i], _build(candidates[i], chosen[i][1])) for i in sorted(chosen)]
+    planned = [(candidates[i], _build(candidates[i], chosen[i][1])) for i in sorted(chosen)]
+    with_weights = [layer.model for layer, built in planned if built is not None and built.own_parameters()]
+    for model in {id(model): model for model in with_weights}.values():
+        check_offloading(model)
+    return planned
 
 
 def not_a_processor(given: Any) -> str:
@@ -210,8 +214,6 @@ def _build(layer: Layer, template: BaseProcessor | None) -> BaseProcessor | None
         built = template.copy_for_layer(layer.attn, original, index=layer.index, scope=layer.scope)
     except ValueError as error:
         raise ValueError(f"{layer.name}: {error}") from error
-    if built.own_parameters():
-        check_offloading(layer.model)
     if template.reset_projections:
         if _submodule(layer.attn, "to_qkv_mlp_proj") is not None:
             raise ValueError(
@@ -350,6 +352,8 @@ def _reset_projections(layer: Layer, processor: BaseProcessor) -> None:
     processor.keep_original_weights(layer.attn, weights)
     random_init = RandomInit(seed=layer.index)
     for module in linears.values():
+        if module.weight.is_meta:  # no values, and to draw some would take seconds
+            continue
         with random_init:
             fresh = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
         with torch.no_grad():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +31,8 @@ from diffusers_linattn.sharing.checkpoint import (
     MAX_OVERHEAD,
     WEIGHTS_NAME,
     Checkpoint,
+    Shapes,
+    list_some,
     open_checkpoint,
     write_checkpoint,
 )
@@ -188,13 +191,25 @@ def load_linear_attention(
         imported.extend(found[:1] if found else ())
         return found
 
+    plans: list[_Plan] = []
+
+    def expect(config: SavedConfig, where: str) -> Shapes:
+        plans.append(_plan(model, layers, config, where))
+        return plans[-1].shapes
+
     max_bytes = MAX_OVERHEAD + int(BYTES_PER_PARAMETER * sum(p.numel() for p in model.parameters()))
     checkpoint = open_checkpoint(
-        source, variant=variant, weight_name=weight_name, max_bytes=max_bytes, import_layout=import_layout
+        source,
+        variant=variant,
+        weight_name=weight_name,
+        max_bytes=max_bytes,
+        import_layout=import_layout,
+        expect=expect,
     )
     if processor is not None and not imported:
         raise ValueError(f"{checkpoint.where} tells the settings of {weight_name}: leave processor= out.")
-    planned, dense = _plan(model, layers, checkpoint)
+    checkpoint.check_copies()
+    planned, dense = plans[0].planned, plans[0].dense
     _check_values(planned, checkpoint)
     originals = {layer.name: layer.processor.original_weights for layer in layers if layer.processor is not None}
     with _as_before_on_failure(layers, model):
@@ -203,9 +218,17 @@ def load_linear_attention(
     return pipe_or_model
 
 
-def _plan(model: Any, layers: list[Layer], checkpoint: Checkpoint) -> tuple[Planned, list[tuple[Layer, None]]]:
-    """What will be installed, and which converted layers become dense, checked against the model and the tensors."""
-    config, where = checkpoint.config, checkpoint.where
+@dataclass(frozen=True)
+class _Plan:
+    """What will be installed, which converted layers become dense, and the shapes of the tensors that this takes."""
+
+    planned: Planned
+    dense: list[tuple[Layer, None]]
+    shapes: dict[str, tuple[int, ...]]
+
+
+def _plan(model: Any, layers: list[Layer], config: SavedConfig, where: str) -> _Plan:
+    """A configuration as changes of a model that fits it."""
     if config.transformer != type(model).__name__:
         raise ValueError(
             f"{where} is for a {config.transformer}, this model is a {type(model).__name__}. Load it into "
@@ -214,8 +237,8 @@ def _plan(model: Any, layers: list[Layer], checkpoint: Checkpoint) -> tuple[Plan
     unknown = sorted(set(config.layers) - {layer.name for layer in layers})
     if unknown:
         raise ValueError(
-            f"{where} converts layers that this {type(model).__name__} does not have: {_list(unknown)}. It was made "
-            "for a model with other depths; load it into the base model it names."
+            f"{where} converts layers that this {type(model).__name__} does not have: {list_some(unknown)}. It was "
+            "made for a model with other depths; load it into the base model it names."
         )
     planned = [
         (layer, built)
@@ -229,17 +252,15 @@ def _plan(model: Any, layers: list[Layer], checkpoint: Checkpoint) -> tuple[Plan
             expected |= _shapes(layer, processor, config.layers[layer.name])
         except ValueError as error:
             raise ValueError(f"{where}: {layer.name}: {error}") from error
-    _check_tensors(checkpoint, expected)
-    checkpoint.check_copies()
     check_offloading(model)
-    return planned, dense
+    return _Plan(planned, dense, expected)
 
 
 def _shapes(layer: Layer, processor: BaseProcessor, saved: SavedLayer) -> dict[str, tuple[int, ...]]:
     own = processor.weights_of(layer.attn)
     missing = [name for name in saved.weights if name not in own]
     if missing:
-        raise ValueError(f"it has no weight {_list(missing)}: the checkpoint is for another attention class.")
+        raise ValueError(f"it has no weight {list_some(missing)}: the checkpoint is for another attention class.")
     if saved.weights and fused_loras(layer.attn):
         raise ValueError(
             "it has a LoRA fused into its weights, which the loaded weights would replace: call unfuse_lora(), load, "
@@ -254,22 +275,6 @@ def _shapes(layer: Layer, processor: BaseProcessor, saved: SavedLayer) -> dict[s
     shapes = {f"processor.{name}": tuple(parameter.shape) for name, parameter in processor.own_parameters().items()}
     shapes |= {name: tuple(own[name].shape) for name in saved.weights} | lora_shapes(layer.attn, saved.lora)
     return {f"{layer.name}.{name}": shape for name, shape in shapes.items()}
-
-
-def _check_tensors(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]) -> None:
-    present = checkpoint.tensors
-    missing, extra = sorted(set(expected) - set(present)), sorted(set(present) - set(expected))
-    if missing or extra:
-        problems = [f"{kind} {_list(names)}" for kind, names in (("misses", missing), ("has extra", extra)) if names]
-        where = checkpoint.files[-1]
-        raise ValueError(
-            f"{where} {' and '.join(problems)}. It does not belong to its {CONFIG_NAME}, or to another processor."
-        )
-    for name, shape in expected.items():
-        if present[name].info.shape != shape:
-            raise ValueError(
-                f"{present[name].path}: {name} has shape {present[name].info.shape}, this model needs {shape}."
-            )
 
 
 def _check_values(planned: Planned, checkpoint: Checkpoint) -> None:
@@ -383,8 +388,3 @@ def _provenance(
     kept = as_read_back(kept, "recipe and metrics must be JSON-able")
     check_metrics(kept["metrics"], "save_linear_attention")
     return kept
-
-
-def _list(names: list[str], most: int = 3) -> str:
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -156,15 +157,16 @@ class BaseProcessor(nn.Module):
         stock_kind = original if inspect.isfunction(original) else type(original)
         processor = _signed_class(self.plain_class, stock_kind).from_config(self.to_config())
         weight = _weight_like_those_of(attn)
-        with torch.device("cpu"), RandomInit(seed=index):
+        # On the meta device there are no values, and to draw some would take seconds.
+        values = contextlib.nullcontext() if weight.is_meta else RandomInit(seed=index)
+        with torch.device("meta" if weight.is_meta else "cpu"), values:
             processor.build(*attention_size(attn), index=index)
-        if weight.is_meta and processor.own_parameters():
-            if any(hasattr(module, "_hf_hook") for module in attn.modules()):
-                raise ValueError(
-                    "the model is offloaded weight by weight, and weights that are added now would not be: convert it "
-                    "before enable_sequential_cpu_offload()."
-                )
-            processor.to_empty(device="meta")
+        offloaded = weight.is_meta and any(hasattr(module, "_hf_hook") for module in attn.modules())
+        if offloaded and (processor.own_parameters() or processor.reset_projections):
+            raise ValueError(
+                "the model is offloaded weight by weight, and new weights would not be: convert it before "
+                "enable_sequential_cpu_offload(), and load it without a device_map that offloads."
+            )
         processor.to(device=weight.device, dtype=weight.dtype)
         processor.original = original
         # Not through Module.__setattr__: a stock processor with weights must be registered once, as `original`.

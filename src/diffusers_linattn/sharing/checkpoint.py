@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import re
+import reprlib
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,15 +21,28 @@ from safetensors.torch import save_file
 
 from diffusers_linattn.files import parse_json, read_json, write_json
 from diffusers_linattn.sharing.safetensors_header import Header, TensorInfo, read_header
-from diffusers_linattn.sharing.saved_config import CONFIG_KEY, CONFIG_NAME, MAX_CONFIG_BYTES, SavedConfig, parse_config
+from diffusers_linattn.sharing.saved_config import (
+    CONFIG_KEY,
+    CONFIG_NAME,
+    MAX_CONFIG_BYTES,
+    MAX_NAME_LENGTH,
+    SavedConfig,
+    parse_config,
+)
 from diffusers_linattn.sharing.sources import Source, check_weight_name
 
 
 WEIGHTS_NAME = "linear_attention.safetensors"
 MAX_SHARDS = 1_000
 MAX_INDEX_BYTES = 4 << 20
-# What files are read from can be larger than all tensors that could belong to the model by this much.
+# What files are read from can be larger than all tensors that could belong to the model by this much. A number of a
+# tensor takes no more than 8 bytes.
 MAX_OVERHEAD = 16 << 20
+MAX_BYTES_PER_NUMBER = 8
+
+
+# By the names of tensors in our format.
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -55,6 +71,18 @@ class Checkpoint:
     where: str
     files: tuple[Path, ...]
     copies: Mapping[Path, SavedConfig] = field(default_factory=dict)
+
+    def check_tensors(self, expected: Shapes) -> None:
+        """Compare the tensors with what a model needs.
+
+        Raises:
+            ValueError: Others, or other shapes.
+        """
+        _check_names(self.tensors.keys(), expected, self.files[-1])
+        for name, shape in expected.items():
+            stored = self.tensors[name]
+            if stored.info.shape != shape:
+                raise ValueError(f"{stored.path}: {name} has shape {stored.info.shape}, this model needs {shape}.")
 
     def check_copies(self) -> None:
         """Compare the configuration with the copies of it in the files of weights.
@@ -91,6 +119,9 @@ class Checkpoint:
 # name in the file for each of our names. `None` when it is not that layout.
 Importer = Callable[[str, Header], "tuple[SavedConfig, dict[str, str]] | None"]
 
+# Checks a configuration, found at a place, against a model, and says which tensors have to come with it.
+Expectation = Callable[[SavedConfig, str], Shapes]
+
 
 def open_checkpoint(
     source: Source,
@@ -99,8 +130,11 @@ def open_checkpoint(
     weight_name: str | None = None,
     max_bytes: int,
     import_layout: Importer | None = None,
+    expect: Expectation | None = None,
 ) -> Checkpoint:
     """Find the files of saved linear attention and check them against each other.
+
+    Weights are downloaded last: what their configuration and their index already rule out never is.
 
     Args:
         source: Where they are.
@@ -108,14 +142,17 @@ def open_checkpoint(
         weight_name: One file to load, instead of the names of the format. It needs no configuration beside it.
         max_bytes: A file that is larger cannot belong to the model, and is not downloaded.
         import_layout: For a file without a configuration.
+        expect: What the model needs; it may raise.
 
     Raises:
-        ValueError: Missing, broken or contradictory files.
+        ValueError: Missing, broken or contradictory files, or tensors other than expected.
     """
     if weight_name is None:
-        checkpoint = _open_set(source, variant, max_bytes)
+        checkpoint = _open_set(source, variant, max_bytes, expect)
     elif variant is None:
         checkpoint = _open_one(source, check_weight_name(weight_name), max_bytes, import_layout)
+        if expect is not None:
+            checkpoint.check_tensors(expect(checkpoint.config, checkpoint.where))
     else:
         raise ValueError("weight_name names one file and variant a set of files: give one of them.")
     source.remember()
@@ -230,7 +267,7 @@ def refuse_others(source: Source) -> None:
             )
 
 
-def _open_set(source: Source, variant: str | None, max_bytes: int) -> Checkpoint:
+def _open_set(source: Source, variant: str | None, max_bytes: int, expect: Expectation | None) -> Checkpoint:
     config_path = source.find(CONFIG_NAME, MAX_CONFIG_BYTES)
     if config_path is None:
         refuse_others(source)
@@ -239,6 +276,10 @@ def _open_set(source: Source, variant: str | None, max_bytes: int) -> Checkpoint
             'weight_name="clear_local_16.safetensors" or another of its files.'
         )
     config = parse_config(read_json(config_path, MAX_CONFIG_BYTES), str(config_path))
+    expected = expect(config, str(config_path)) if expect is not None else None
+    if expected is not None:
+        numbers = sum(math.prod(shape) for shape in expected.values())
+        max_bytes = min(max_bytes, MAX_OVERHEAD + MAX_BYTES_PER_NUMBER * numbers)
     path = source.find(weights_file(variant), max_bytes)
     if path is not None:
         headers = {path: read_header(path)}
@@ -250,10 +291,16 @@ def _open_set(source: Source, variant: str | None, max_bytes: int) -> Checkpoint
                 f"{source.where}: {weights_file(variant)} does not exist, nor {index_file(variant)}, so the weights "
                 f"cannot be read. {source.advice}"
             )
-        headers = _read_shards(source, index_path, max_bytes)
+        shards = read_index(index_path)
+        if expected is not None:
+            _check_names(set().union(*shards.values()), expected, index_path)
+        headers = _read_shards(source, index_path, shards, max_bytes)
         files = (config_path, index_path, *headers)
     copies = {path: copy for path, header in headers.items() if (copy := config_in(header, path)) is not None}
-    return Checkpoint(config, _place(headers), str(config_path), files, copies)
+    checkpoint = Checkpoint(config, _place(headers), str(config_path), files, copies)
+    if expected is not None:
+        checkpoint.check_tensors(expected)
+    return checkpoint
 
 
 def _open_one(source: Source, name: str, max_bytes: int, import_layout: Importer | None) -> Checkpoint:
@@ -299,10 +346,32 @@ def read_index(path: Path) -> dict[str, set[str]]:
     return files
 
 
-def _read_shards(source: Source, index_path: Path, max_bytes: int) -> dict[Path, Header]:
+def list_some(names: Sequence[str], most: int = 3) -> str:
+    """The first names, and how many more there are. Files of others may have any."""
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    shown = (name if name.isprintable() and len(name) <= MAX_NAME_LENGTH else reprlib.repr(name) for name in names)
+    return ", ".join(itertools.islice(shown, most)) + rest
+
+
+def _check_names(present: Collection[str], expected: Shapes, where: Path) -> None:
+    missing, extra = sorted(set(expected) - set(present)), sorted(set(present) - set(expected))
+    if missing or extra:
+        problems = [
+            f"{kind} {list_some(names)}" for kind, names in (("misses", missing), ("has extra", extra)) if names
+        ]
+        raise ValueError(
+            f"{where} {' and '.join(problems)}. It does not belong to its {CONFIG_NAME}, or to another processor."
+        )
+
+
+def _read_shards(
+    source: Source, index_path: Path, shards: Mapping[str, set[str]], max_bytes: int
+) -> dict[Path, Header]:
+    """The headers of all files, which together have at most `max_bytes`."""
     headers = {}
-    for name, tensors in read_index(index_path).items():
+    for name, tensors in shards.items():
         path = source.get(name, max_bytes)
+        max_bytes -= path.stat().st_size
         headers[path] = read_header(path)
         if set(headers[path].tensors) != tensors:
             raise ValueError(

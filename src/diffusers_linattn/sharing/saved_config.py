@@ -6,8 +6,8 @@ from it: there is no way from a configuration to an import.
 
 from __future__ import annotations
 
-import math
 import reprlib
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -160,7 +160,8 @@ def check_metrics(metrics: Any, where: str) -> dict[str, float]:
         raise ValueError(f"{where}: metrics must map names to numbers, got {_short(metrics)}.")
     for name, value in metrics.items():
         _check_string(name, f"{where}: the name of a metric")
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not -sys.float_info.max <= value <= sys.float_info.max:  # of an int, isfinite may overflow
             raise ValueError(f"{where}: the metric {_short(name)} must be a finite number, got {_short(value)}.")
     return dict(metrics)
 
