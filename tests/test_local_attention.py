@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from fractions import Fraction
 from types import SimpleNamespace
 
 import pytest
@@ -358,6 +359,27 @@ COVERS = {
     "smaller reference": (TokenLayout.joint(text=3, grid=(1, 8, 8), references=[(1, 2, 3)]), 10),
     "larger reference": (TokenLayout.joint(text=3, grid=(1, 2, 3), references=[(1, 9, 14)]), 16),
 }
+
+
+@pytest.mark.parametrize("impl", ["reference", "dense", "tiled"])
+@pytest.mark.parametrize(("size", "reference_size", "window"), [(13, 5, 2), (5, 13, 3), (9, 11, 3)], ids=str)
+def test_what_lies_on_the_circle_is_outside(size, reference_size, window, impl):
+    """Between grids of unlike sizes as well, where 1.2 ** 2 + 1.6 ** 2 is not quite 4 in floats."""
+    layout = TokenLayout.of([("image", (1, size, size)), ("reference", (1, reference_size, reference_size))])
+    sizes = {0: size, 1: reference_size}
+    tokens = [(grid, y, x) for grid, side in sizes.items() for y in range(side) for x in range(side)]
+    place = {(g, i): [Fraction(2 * i + 1, 2 * sizes[g]) * to for to in sizes.values()] for g, i, _ in tokens}
+    visible = torch.ones(layout.length, layout.length, dtype=torch.bool)
+    on_circle = 0
+    for row, (a, y, x) in enumerate(tokens):
+        for column, (b, v, u) in enumerate(tokens):
+            distance = (place[a, y][b] - place[b, v][b]) ** 2 + (place[a, x][b] - place[b, u][b]) ** 2
+            visible[row, column] = distance < window**2
+            on_circle += a != b and distance == window**2
+    assert on_circle
+    query, key, value = make_inputs(layout)[:3]
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, visible)
+    torch.testing.assert_close(local_attention(query, key, value, layout, window=window, impl=impl), expected)
 
 
 @pytest.mark.parametrize(("layout", "smallest"), COVERS.values(), ids=COVERS.keys())

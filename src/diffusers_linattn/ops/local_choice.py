@@ -30,8 +30,8 @@ def window_covers(layout: TokenLayout, window: int, temporal_window: int | None 
             assert queries.grid is not None
             assert keys.grid is not None
             (frames, *query_size), (_, *key_size) = queries.grid, keys.grid
-            dy, dx = (_farthest(q, k) for q, k in zip(query_size, key_size, strict=True))
-            if dy**2 + dx**2 >= window**2:
+            (dy, per_row), (dx, per_column) = (_farthest(q, k) for q, k in zip(query_size, key_size, strict=True))
+            if (dy * per_column) ** 2 + (dx * per_row) ** 2 >= (window * per_row * per_column) ** 2:
                 return False
             if temporal_window is not None and queries == keys and frames > temporal_window:
                 return False
@@ -116,7 +116,6 @@ def _visited_pairs(queries: Segment, keys: Segment, window: int, temporal_window
     return pairs
 
 
-def _farthest(queries: int, keys: int) -> float:
-    """The largest distance along one axis, with the reference's float operations, so that ties fall the same way."""
-    first, last = 0.5 * keys / queries - 0.5, (queries - 0.5) * keys / queries - 0.5
-    return max(last, keys - 1 - first)
+def _farthest(queries: int, keys: int) -> tuple[int, int]:
+    """The largest of the reference's `axis_offsets`, and its units per token."""
+    return (queries - 1, 1) if queries == keys else (2 * queries * keys - queries - keys, 2 * queries)

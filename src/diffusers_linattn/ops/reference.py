@@ -36,18 +36,30 @@ def window_mask(
     assert keys.grid is not None
     (qf, qh, qw), (kf, kh, kw) = queries.grid, keys.grid
 
-    def axis(size: int) -> torch.Tensor:
-        return torch.arange(size, device=device, dtype=torch.float64)
-
-    # The centre of query token i lies at (i + 1/2) / size of its picture; for equal sizes this is exactly i.
-    dy = ((axis(qh) + 0.5) * kh / qh - 0.5)[:, None] - axis(kh)
-    dx = ((axis(qw) + 0.5) * kw / qw - 0.5)[:, None] - axis(kw)
-    disc = dy[:, None, :, None].square() + dx[None, :, None, :].square() < window**2  # (qh, qw, kh, kw)
+    (dy, per_row), (dx, per_column) = axis_offsets(qh, kh, device), axis_offsets(qw, kw, device)
+    disc = in_disc(dy[:, None, :, None], dx[None, :, None, :], per_row, per_column, window)  # (qh, qw, kh, kw)
     frames = torch.ones(qf, kf, dtype=torch.bool, device=device)
     if temporal_window is not None and queries == keys:
-        frames = (axis(qf)[:, None] - axis(kf)).abs() < temporal_window
+        frames = axis_offsets(qf, kf, device)[0].abs() < temporal_window
     visible = frames[:, None, None, :, None, None] & disc[None, :, :, None]
     return visible.reshape(qf * qh * qw, kf * kh * kw)
+
+
+def axis_offsets(num_queries: int, num_keys: int, device: torch.device | str = "cpu") -> tuple[torch.Tensor, int]:
+    """How far queries lie from keys along one axis, fp64 (queries, keys), and how many units of it make a key token.
+
+    The centre of token i lies at (i + 1/2) / size of its picture. Units are such that all offsets are whole numbers:
+    in fractions, offsets that add up to the very radius would come out on either side of it.
+    """
+    queries, keys = (torch.arange(size, device=device, dtype=torch.float64) for size in (num_queries, num_keys))
+    if num_queries == num_keys:
+        return queries[:, None] - keys, 1
+    return ((2 * queries + 1) * num_keys - num_queries)[:, None] - 2 * num_queries * keys, 2 * num_queries
+
+
+def in_disc(dy: torch.Tensor, dx: torch.Tensor, per_row: int, per_column: int, window: int) -> torch.Tensor:
+    """Whether offsets of [`axis_offsets`], which broadcast, lie within the radius `window`, strictly."""
+    return (dy * per_column).square() + (dx * per_row).square() < (float(window) * per_row * per_column) ** 2
 
 
 def local_mask(

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from diffusers_linattn.layout import Segment, TokenLayout
-from diffusers_linattn.ops.reference import mask_bias
+from diffusers_linattn.ops.reference import axis_offsets, in_disc, mask_bias
 
 
 # Queries of a tile along y and x. Measured for windows of 8, 16 and 32: larger tiles share more keys between queries,
@@ -66,13 +66,13 @@ class Box:
 class Block:
     """Rows and columns of `tiles` with one mask: their queries, and their keys in each grid of the layout.
 
-    `distances` holds, for each box of keys, the squared distances of the queries along y (tile rows, box rows) and x.
+    `offsets` holds, for each box of keys, the `axis_offsets` along y, (tile rows, box rows), and along x.
     """
 
     tiles: tuple[int, int]
     queries: Box
     keys: tuple[Box, ...]
-    distances: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    offsets: tuple[tuple[tuple[torch.Tensor, int], tuple[torch.Tensor, int]], ...]
 
     @property
     def count(self) -> int:
@@ -90,45 +90,45 @@ class Block:
             for x in range(0, self.tiles[1], width):
                 tiles = (min(height, self.tiles[0] - y), min(width, self.tiles[1] - x))
                 boxes = [box.shift(y, x) for box in (self.queries, *self.keys)]
-                yield Block(tiles, boxes[0], tuple(boxes[1:]), self.distances)
+                yield Block(tiles, boxes[0], tuple(boxes[1:]), self.offsets)
 
     def bias(self, window: int, num_shared: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """The additive mask (Q, num_shared + K): 0 inside the disc and for shared keys, -inf outside."""
         parts = [torch.ones(self.queries.size, num_shared, dtype=torch.bool)]
-        for box, (dy, dx) in zip(self.keys, self.distances, strict=True):
+        for box, ((dy, per_row), (dx, per_column)) in zip(self.keys, self.offsets, strict=True):
             # (tile rows, tile columns, box rows, box columns)
-            disc = dy[:, None, :, None] + dx[:, None, :] < window**2
+            disc = in_disc(dy[:, None, :, None], dx[:, None, :], per_row, per_column, window)
             parts.append(disc.reshape(self.queries.size, 1, -1).expand(-1, box.shape[0], -1).flatten(1))
         return mask_bias(torch.cat(parts, 1).to(device), dtype)
 
 
 @dataclass(frozen=True)
 class Span:
-    """One tile along one axis: its queries, the keys within reach, and their squared distances."""
+    """One tile along one axis: its queries, the keys within reach, and the `axis_offsets` between them."""
 
     queries: slice
     keys: slice
-    distances: torch.Tensor
+    offsets: torch.Tensor
+    unit: int
 
 
 def _spans(num_queries: int, num_keys: int, window: int) -> list[Span]:
-    """Cut one axis into tiles. Positions are computed as in the reference, so that ties fall the same way."""
-    positions = (torch.arange(num_queries, dtype=torch.float64) + 0.5) * num_keys / num_queries - 0.5
+    """Cut one axis into tiles."""
+    offsets, unit = axis_offsets(num_queries, num_keys)
     spans = []
     for start in range(0, num_queries, TILE):
         queries = slice(start, min(start + TILE, num_queries))
-        distances = (positions[queries, None] - torch.arange(num_keys, dtype=torch.float64)).square()
-        near = (distances < window**2).any(0).nonzero()  # never empty: some key is at most half a token away
+        near = (offsets[queries].abs() < float(window) * unit).any(0).nonzero()  # never empty
         keys = slice(int(near[0]), int(near[-1]) + 1)
-        spans.append(Span(queries, keys, distances[:, keys]))
+        spans.append(Span(queries, keys, offsets[queries, keys], unit))
     return spans
 
 
 def _runs(axis: list[list[Span]]) -> Iterator[list[list[Span]]]:
-    """Cut the spans of each grid along one axis into runs of neighbours whose distances agree in every grid."""
+    """Cut the spans of each grid along one axis into runs of neighbours whose offsets agree in every grid."""
     num_tiles, start = len(axis[0]), 0
     for i in range(1, num_tiles + 1):
-        if i == num_tiles or not all(torch.equal(spans[start].distances, spans[i].distances) for spans in axis):
+        if i == num_tiles or not all(torch.equal(spans[start].offsets, spans[i].offsets) for spans in axis):
             yield [spans[start:i] for spans in axis]
             start = i
 
@@ -163,9 +163,12 @@ def _block(
         frames = slice(0, other.grid[0])
         if temporal_window is not None and other == grid:
             frames = slice(max(0, frame - temporal_window + 1), min(other.grid[0], frame + temporal_window))
-        # Equal distances in equally spaced tiles: the boxes are equally spaced, too.
+        # Equal offsets in equally spaced tiles: the boxes are equally spaced, too.
         steps = [spans[1].keys.start - spans[0].keys.start if len(spans) > 1 else 1 for spans in (down, right)]
         keys.append(Box(other, frames, down[0].keys, right[0].keys, (steps[0], steps[1])))
     queries = Box(grid, slice(frame, frame + 1), rows[0][0].queries, columns[0][0].queries, (TILE, TILE))
-    distances = tuple((down[0].distances, right[0].distances) for down, right in zip(rows, columns, strict=True))
-    return Block((len(rows[0]), len(columns[0])), queries, tuple(keys), distances)
+    offsets = tuple(
+        ((down[0].offsets, down[0].unit), (right[0].offsets, right[0].unit))
+        for down, right in zip(rows, columns, strict=True)
+    )
+    return Block((len(rows[0]), len(columns[0])), queries, tuple(keys), offsets)
