@@ -75,6 +75,16 @@ def test_pictures_become_samples_that_decode_to_them(folder: Path, tmp_path: Pat
         assert str(value) == str(samples.batch([0]).arguments[name])
 
 
+def test_encoded_pictures_fit_a_transformer_of_any_weights(folder: Path, tmp_path: Path) -> None:
+    samples = encode_images(tiny.flux_pipeline(), folder, tmp_path / "samples", **CALL)
+    assert "weights" not in samples.manifest["settings"]["model"]
+    pipe = tiny.flux_pipeline()
+    with torch.no_grad():
+        pipe.transformer.proj_out.weight.add_(0.1)
+    samples.check_fits(pipe)
+    assert encode_images(pipe, folder, tmp_path / "samples", **CALL).manifest == samples.manifest
+
+
 @pytest.mark.parametrize("name", [name for name in PIPELINES if name not in ("HiDream", "Lumina2")])
 def test_every_form_of_latents(folder: Path, tmp_path: Path, name: str) -> None:
     case: PipelineCase = PIPELINES[name]

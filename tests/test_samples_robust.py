@@ -10,17 +10,22 @@ import random
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import samples_process
+import torch
 from diffusers import DEISMultistepScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from peft import LoraConfig
 from samples_process import CALL, PROMPTS
+from test_compatibility_offloading import OFFLOADS
 
 import diffusers_linattn.samples.plan as plan
-from diffusers_linattn import make_samples
+from diffusers_linattn import LinearProcessor, distill, linearize, make_samples, restore
 from diffusers_linattn.samples import Samples
+from diffusers_linattn.samples.fingerprint import fingerprint
 from diffusers_linattn.samples.shards import read_shard
 from diffusers_linattn.training.objective import FlowMatching, objective_of
 
@@ -228,8 +233,6 @@ def test_other_settings_are_refused(whole: Path, tmp_path: Path, changes: Any, m
 
 
 def test_other_models_are_refused(whole: Path, tmp_path: Path) -> None:
-    import torch
-
     for pipe, match in (
         (tiny.flux_pipeline(), "transformer_config with guidance_embeds=True, the pipeline's has False"),
         (tiny.flux_pipeline(guidance_embeds=True).to(torch.bfloat16), "dtype was float32, now bfloat16"),
@@ -242,6 +245,88 @@ def test_other_models_are_refused(whole: Path, tmp_path: Path) -> None:
         Samples(whole).check_fits(tiny.flux_pipeline())
     with pytest.raises(ValueError, match="holds samples of a FluxTransformer2DModel, the pipeline has a SD3Tran"):
         Samples(whole).check_fits(tiny.sd3_pipeline())
+
+
+def nudged(pipe: Any) -> Any:
+    with torch.no_grad():
+        pipe.transformer.proj_out.weight.mul_(1.001)
+    return pipe
+
+
+def test_samples_of_other_weights_are_refused(whole: Path, tmp_path: Path) -> None:
+    half = tmp_path / "half"
+    shutil.copytree(whole, half)
+    for name in ("manifest.json", "samples-00001.safetensors"):
+        (half / name).unlink()
+    before = content(half)
+    pipe = nudged(tiny.flux_pipeline(guidance_embeds=True))
+    for directory in (whole, half):
+        with pytest.raises(ValueError, match=r"samples of a model with other weights: in proj_out.weight it has \["):
+            make_samples(pipe, PROMPTS, directory, **CALL)
+    assert content(half) == before
+    with pytest.raises(ValueError, match="with other weights: in proj_out.weight"):
+        distill(linearize(pipe, LinearProcessor()), whole, tmp_path / "student", batch_size=2, steps=1)
+    assert not (tmp_path / "student").exists()
+
+
+def as_student(pipe: Any) -> Any:
+    return tiny.train(linearize(pipe, LinearProcessor(reset_projections=True)))
+
+
+FORMS: dict[str, Callable[[Any, Path], Any]] = {
+    "bf16": lambda pipe, _: pipe.to(torch.bfloat16),
+    "fp16": lambda pipe, _: pipe.to(torch.float16),
+    "bf16 and back": lambda pipe, _: pipe.to(torch.bfloat16).to(torch.float32),
+    "stored in fp8": lambda pipe, _: pipe.transformer.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32),
+    "student": lambda pipe, _: as_student(pipe),
+    "student in bf16": lambda pipe, _: as_student(pipe).to(torch.bfloat16),
+    "restored": lambda pipe, _: restore(as_student(pipe)),
+    "fused projections": lambda pipe, _: pipe.transformer.fuse_qkv_projections(),
+    "LoRA beside": lambda pipe, _: pipe.transformer.add_adapter(LoraConfig(target_modules=["to_q", "proj_out"])),
+    **{
+        f"offload: {name}": lambda pipe, folder, offload=offload: offload(pipe.transformer, folder)
+        for name, offload in OFFLOADS.items()
+    },
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_samples_fit_the_model_that_made_them_in_any_form(whole: Path, tmp_path: Path, form: str) -> None:
+    pipe = tiny.flux_pipeline(guidance_embeds=True)
+    FORMS[form](pipe, tmp_path)
+    Samples(whole).check_fits(pipe)
+
+
+def test_the_fingerprint_is_of_the_original_weights(tmp_path: Path) -> None:
+    model = tiny.flux()
+    expected = fingerprint(model)
+    assert set(expected) == {name for name, _ in model.named_parameters()}
+    weight = model.proj_out.weight.flatten()
+    assert expected["proj_out.weight"] == weight[:: (weight.numel() - 1) // 3][:4].tolist()
+    tiny.train(linearize(model, LinearProcessor(reset_projections=True)))
+    model.fuse_qkv_projections()
+    assert fingerprint(model) == expected
+    model.add_adapter(LoraConfig(target_modules=["to_k", "proj_out"]))
+    assert fingerprint(model) == expected
+    for offload, same in (("group leaf", True), ("group leaf to disk", False), ("sequential", False)):
+        model = tiny.flux()
+        OFFLOADS[offload](model, tmp_path)
+        assert fingerprint(model) == (expected if same else {})
+
+
+def test_directories_without_a_fingerprint_go_on(whole: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "earlier"
+    shutil.copytree(whole, directory)
+    for name in ("settings.json", "manifest.json"):
+        text = json.loads((directory / name).read_text())
+        del text["settings"]["model"]["weights"]
+        (directory / name).write_text(json.dumps(text, indent=2, sort_keys=True) + "\n")
+    before = content(directory)
+    Samples(directory).check_fits(nudged(tiny.flux_pipeline(guidance_embeds=True)))
+    for name in ("manifest.json", "samples-00001.safetensors"):
+        (directory / name).unlink()
+    samples_process.run(directory)
+    assert content(directory) == before
 
 
 @pytest.mark.parametrize("scheduler", [DPMSolverMultistepScheduler, UniPCMultistepScheduler, DEISMultistepScheduler])
@@ -279,8 +364,6 @@ def test_no_room_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_number_of_processes_and_the_batch_change_nothing_but_rounding(whole: Path, tmp_path: Path) -> None:
-    import torch
-
     other = make_samples(
         tiny.flux_pipeline(guidance_embeds=True), PROMPTS, tmp_path / "other", **{**CALL, "batch_size": 1}
     )

@@ -270,7 +270,7 @@ def restore_layer(layer: Layer) -> None:
     processor.check_fused_loras(layer.attn)
     own = processor.weights_of(layer.attn)
     # Projections that are fused by now are made again from the restored ones.
-    kept = {name: w for name, w in processor.original_weights.items() if name in own or not name.startswith(_FUSED)}
+    kept = {name: w for name, w in processor.original_weights.items() if name in own or not name.startswith(FUSED)}
     changed = [(own[name], weight) for name, weight in kept.items()]
     with torch.no_grad():
         for parameter, weight in changed:
@@ -330,7 +330,8 @@ def original_attention(pipe_or_model: Any) -> Iterator[None]:
             tracker.watch(names)
 
 
-_FUSED = ("to_qkv.", "to_kv.", "to_added_qkv.")
+# Projections that `fuse_qkv_projections` adds.
+FUSED = ("to_qkv.", "to_kv.", "to_added_qkv.")
 
 
 def fuse_again(attn: Any) -> None:

@@ -1,4 +1,4 @@
-"""What conversion and loading have to know of a model whose weights are moved to and fro by group offloading."""
+"""What there is to know of a model whose weights are moved to and fro by group offloading."""
 
 from __future__ import annotations
 
@@ -11,14 +11,18 @@ def check_offloading(model: Any) -> None:
     Raises:
         ValueError: Such a model.
     """
-    for module in model.modules():
-        registry = getattr(module, "_diffusers_hook", None)
-        for hook in getattr(registry, "hooks", {}).values():
-            if getattr(getattr(hook, "group", None), "offload_to_disk_path", None) is not None:
-                raise ValueError(
-                    "The model is offloaded to disk, where new weights would not arrive: convert it, or load them, "
-                    "before enable_group_offload(offload_to_disk_path=...)."
-                )
+    if is_on_disk(model):
+        raise ValueError(
+            "The model is offloaded to disk, where new weights would not arrive: convert it, or load them, before "
+            "enable_group_offload(offload_to_disk_path=...)."
+        )
+
+
+def is_on_disk(model: Any) -> bool:
+    """Whether group offloading keeps weights on disk: what its parameters hold between calls is arbitrary."""
+    registries = (getattr(module, "_diffusers_hook", None) for module in model.modules())
+    hooks = (hook for registry in registries for hook in getattr(registry, "hooks", {}).values())
+    return any(getattr(getattr(hook, "group", None), "offload_to_disk_path", None) is not None for hook in hooks)
 
 
 def offload_again(model: Any) -> None:

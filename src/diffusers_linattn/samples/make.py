@@ -59,7 +59,8 @@ def make_samples(
 
     Raises:
         ValueError: Prompts that are missing, empty or of the wrong kind, a pipeline whose samples cannot be kept, too
-            little disk space, or a directory that holds samples of other settings, or other things.
+            little disk space, or a directory that holds samples of other settings, of a model with other weights, or
+            other things.
 
     Example:
         >>> samples = make_samples(pipe, "prompts.txt", "samples/", num_samples=10_000, batch_size=8,

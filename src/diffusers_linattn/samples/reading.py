@@ -160,7 +160,7 @@ class Samples:
         """Check that the samples can train the transformer of a pipeline, in whatever dtype it is.
 
         Raises:
-            ValueError: Samples of another model, of another configuration, or of another kind of scheduler.
+            ValueError: Samples of another model, configuration or weights, or of another kind of scheduler.
         """
         check_model(self.manifest["settings"], pipe, self.directory)
 

@@ -16,6 +16,7 @@ from diffusers_linattn.files import as_read_back, read_json, read_lines
 from diffusers_linattn.generation import scheduler_of
 from diffusers_linattn.linearize import single_transformer_of
 from diffusers_linattn.ops.checks import check_positive_int
+from diffusers_linattn.samples.fingerprint import check_fingerprint, fingerprint
 from diffusers_linattn.samples.recorder import ONE_TRANSFORMER
 
 
@@ -181,6 +182,8 @@ def make_settings(
         "model": describe_pipeline(pipe),
         **further,
     }
+    if "pictures" not in further:  # what is encoded does not depend on the transformer's weights
+        settings["model"]["weights"] = fingerprint(single_transformer_of(pipe, ONE_TRANSFORMER))
     read: dict[str, Any] = as_read_back(settings, "call_arguments must be JSON-able, to tell whether a run can go on")
     return read
 
@@ -194,7 +197,7 @@ def prediction_of(scheduler: str, config: Mapping[str, Any]) -> str:
 
 
 def check_model(settings: dict[str, Any], pipe: Any, where: Path) -> None:
-    """Raise unless the samples were made by such a model, in whatever dtype, with what it predicts."""
+    """Raise unless the samples were made by this model, in whatever dtype, with what it predicts."""
     model, made = describe_pipeline(pipe), settings["model"]
     if made["transformer"] != model["transformer"]:
         raise ValueError(
@@ -208,6 +211,8 @@ def check_model(settings: dict[str, Any], pipe: Any, where: Path) -> None:
             f"{where} holds samples of a {made['scheduler']} ({predictions[0]}), the pipeline has a "
             f"{model['scheduler']} ({predictions[1]}): make samples with this pipeline."
         )
+    weights = fingerprint(single_transformer_of(pipe, ONE_TRANSFORMER)) if made.get("weights") else {}
+    check_fingerprint(made.get("weights", {}), weights, where, exact=False)
 
 
 def open_directory(directory: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
@@ -239,7 +244,9 @@ def open_directory(directory: Path, settings: dict[str, Any]) -> dict[str, Any] 
     if other:
         raise ValueError(f"{directory} holds samples of other settings ({', '.join(other)}): {advice}")
     for name, value in settings["model"].items():
-        if isinstance(value, dict):
+        if name == "weights":  # directories of earlier versions have none
+            check_fingerprint(made["model"].get(name, {}), value, directory, exact=True)
+        elif isinstance(value, dict):
             _check_config(made["model"][name], value, f"{directory} holds samples of other settings: {name}")
         elif made["model"][name] != value:
             raise ValueError(
