@@ -235,6 +235,11 @@ def test_pictures_of_videos_and_of_classes() -> None:
         (PROMPTS, {"resolutions": "24x32"}, r"resolutions is '24x32', expected a list of \(height, width\)"),
         (PROMPTS, {"resolutions": [24]}, r"resolutions\[0\] is 24, expected \(height, width\)"),
         (PROMPTS, {"resolutions": [(24, 0)]}, r"resolutions\[0\] must be"),
+        (
+            PROMPTS,
+            {"resolutions": [(24, 32), (25, 33)]},
+            r"\(25, 33\), expected multiples of 4 for FluxPipeline: give \(24, 32\)",
+        ),
         (PROMPTS, {"call_arguments": {"image": object()}}, "call_arguments must be JSON-able"),
         (PROMPTS, {"call_arguments": {"max_length": 8}}, "FluxPipeline takes no max_length"),
     ],

@@ -358,8 +358,10 @@ def test_foreign_directories_are_left_alone(tmp_path: Path) -> None:
 def test_no_room_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=10_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(ValueError, match=r"needs about .* GB more, but the disk has 0.00 GB left"):
-        make_samples(tiny.flux_pipeline(guidance_embeds=True), PROMPTS, tmp_path / "samples", **CALL)
+    for number in (20, 10**12):
+        call = {**CALL, "num_samples": number}
+        with pytest.raises(ValueError, match=r"needs about .* GB more, but the disk has 0.00 GB left"):
+            make_samples(tiny.flux_pipeline(guidance_embeds=True), PROMPTS, tmp_path / "samples", **call)
     assert not (tmp_path / "samples").exists()
 
 

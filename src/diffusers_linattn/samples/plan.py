@@ -36,6 +36,7 @@ def make_plan(recorder: Recorder, assignment: Assignment) -> dict[str, Any]:
         ValueError: A pipeline whose samples cannot be kept, or that does not take one of the resolutions.
     """
     prompt, sizes = assignment.prompts[0], assignment.sizes()
+    _check_sizes(recorder.pipe, sizes)
     first = size_arguments(sizes[0])
     without_guidance = recorder.without_guidance(prompt, first)
     call = read_model_call(recorder, prompt, first | without_guidance)
@@ -82,6 +83,18 @@ def check_disk(directory: Path, assignment: Assignment, plan: dict[str, Any]) ->
             f"{directory} needs about {need / 1e9:.2f} GB more, but the disk has {free / 1e9:.2f} GB left: free some, "
             "make fewer samples, or give another directory."
         )
+
+
+def _check_sizes(pipe: Any, sizes: Sequence[Size]) -> None:
+    """Raise for a resolution that the pipeline would round, as FLUX does, and then make pictures of another."""
+    processor = getattr(pipe, "image_processor", None) or getattr(pipe, "video_processor", None)
+    multiple = getattr(processor, "config", {}).get("vae_scale_factor", 1)
+    for height, width in sizes:
+        if height % multiple or width % multiple:
+            raise ValueError(
+                f"resolutions has ({height}, {width}), expected multiples of {multiple} for {type(pipe).__name__}: "
+                f"give ({max(height // multiple, 1) * multiple}, {max(width // multiple, 1) * multiple}), for example."
+            )
 
 
 def _null_prompt(

@@ -67,7 +67,13 @@ class Assignment:
 
     def sizes(self) -> list[tuple[int, int]]:
         """The resolutions that samples have, in the order of their first samples."""
-        return list(dict.fromkeys(self.size(index) for index in range(self.num_samples)))
+        possible = {tuple(size) for size in self.settings["resolutions"]} or {DEFAULT_SIZE}
+        found: dict[tuple[int, int], None] = {}
+        for index in range(self.num_samples):
+            found[self.size(index)] = None
+            if len(found) == len(possible):  # there may be any number of samples, of a few sizes
+                break
+        return list(found)
 
     def sizes_of_prompts(self) -> list[list[tuple[int, int]]]:
         """By prompt, the resolutions of its samples."""
