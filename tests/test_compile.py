@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -11,6 +12,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from diffusers_linattn import ClearProcessor, GLAProcessor, HybridProcessor, LinearProcessor, linearize, restore
 
 import tiny
+from model_cases.case import assert_near, output_of
+from model_cases.image_streams import z_image, z_image_call
 
 
 # (height, width, text): more sizes than torch compiles a block for, two of the same length among them.
@@ -63,6 +66,21 @@ def test_repeated_blocks_over_many_sizes(template: Any, stock_graphs: int) -> No
     count = graphs(linearize(tiny.flux(), template))
     # A size that another one equals by chance, or an alternating path, costs a graph or two, not one per size.
     assert count <= stock_graphs + 4
+
+
+@torch.no_grad()
+def test_samples_with_layouts_of_their_own_after_a_single_one() -> None:
+    if not hasattr(diffusers, "ZImageTransformer2DModel"):
+        pytest.skip("this diffusers has no ZImageTransformer2DModel")
+    torch._dynamo.reset()
+    model = linearize(z_image(n_layers=1), ClearProcessor(window=2))
+    calls = [z_image_call([(8, 12)], [7]).inputs, z_image_call([(8, 12), (12, 16)], [7, 40]).inputs]
+    expected = [output_of(model, inputs) for inputs in calls]
+    counter = CompileCounterWithBackend("eager")
+    model.layers[0].compile(fullgraph=True, backend=counter)
+    for inputs, output in zip(calls, expected, strict=True):
+        assert_near(output_of(model, inputs), output, tolerance=1e-5)
+    assert counter.frame_count == 2
 
 
 @pytest.mark.slow

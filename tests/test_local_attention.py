@@ -458,6 +458,17 @@ def test_compiles_once_for_all_sizes(pooled):
     assert counter.frame_count == 1
 
 
+def test_compiles_where_a_mask_joins_at_another_batch_size():
+    # The batch is a symbolic size by then, that of the mask a number.
+    layout = TokenLayout.joint(text=5, grid=(1, 4, 6))
+    torch._dynamo.reset()
+    compiled = torch.compile(local_attention, backend="eager", fullgraph=True)
+    for batch, mask in [(3, None), (2, torch.rand(2, 1, 1, layout.length) > 0.3)]:
+        inputs = make_inputs(layout, batch=batch)[:3]
+        expected = local_attention(*inputs, layout, window=2, mask=mask, impl="tiled")
+        torch.testing.assert_close(compiled(*inputs, layout, window=2, mask=mask, impl="tiled"), expected)
+
+
 ERRORS = {
     "window": ({"window": 0}, "window must be an integer of at least 1, got 0"),
     "fractional window": ({"window": 2.5}, "window must be an integer"),

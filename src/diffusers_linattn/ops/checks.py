@@ -45,6 +45,14 @@ def check_tensor(name: str, x: object, query: torch.Tensor) -> None:
         raise ValueError(f"{name} is on {x.device} and query on {query.device}: move it there.")
 
 
+def broadcasts(size: int, other: int) -> bool:
+    """Whether a side of that size broadcasts to one of the `other` size.
+
+    Not `size in (1, other)`: Dynamo finds no number in a tuple that holds it as a symbolic size (torch 2.13).
+    """
+    return size == 1 or size == other
+
+
 def refuse_tangents(impl: str, *tensors: torch.Tensor) -> None:
     """Raise a ValueError under `torch.func.jvp`, whose tangents operators of `torch.library` drop without a word."""
     if not torch.compiler.is_compiling() and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
@@ -98,7 +106,7 @@ def check_attention_inputs(
         if (
             not mask.ndim
             or mask.shape[-1] != layout.length
-            or (mask.ndim > 1 and mask.shape[-2] not in (1, layout.length))
+            or (mask.ndim > 1 and not broadcasts(mask.shape[-2], layout.length))
         ):
             raise ValueError(
                 f"The mask {tuple(mask.shape)} does not broadcast to (batch, heads, {layout.length}, {layout.length}) "
@@ -106,7 +114,7 @@ def check_attention_inputs(
             )
         while mask.ndim < 4:
             mask = mask[None]
-        if mask.ndim > 4 or mask.shape[0] not in (1, query.shape[0]) or mask.shape[1] not in (1, query.shape[1]):
+        if mask.ndim > 4 or not all(map(broadcasts, mask.shape[:2], query.shape[:2])):
             raise ValueError(
                 f"The mask {tuple(mask.shape)} does not broadcast to the {query.shape[0]} x {query.shape[1]} "
                 "(batch, heads) of query."

@@ -240,7 +240,7 @@ def _check_gate(gate: torch.Tensor, phi_k: torch.Tensor, key_heads: int) -> torc
     batch, heads, tokens, features = phi_k.shape
     if gate.ndim == 4 and gate.shape[1] == key_heads != heads:
         gate = gate.repeat_interleave(heads // key_heads, 1)
-    if gate.shape not in (phi_k.shape, (batch, heads, tokens, 1)):
+    if gate.shape != phi_k.shape and gate.shape != (batch, heads, tokens, 1):
         raise ValueError(
             f"gate must have the shape (batch, heads, tokens, features) = {(batch, heads, tokens, features)} or 1 "
             f"channel, got {tuple(gate.shape)}: one log decay per feature of the key, or one per head."

@@ -199,7 +199,7 @@ def _check_pooled(
         raise ValueError(
             f"All tensors must share a dtype: {query.dtype=}, {pooled_key.dtype=}, {pooled_value.dtype=}."
         )
-    if pooled_key.shape[1] not in (key.shape[1], query.shape[1]):
+    if pooled_key.shape[1] != key.shape[1] and pooled_key.shape[1] != query.shape[1]:
         raise ValueError(f"key has {key.shape[1]} heads and pooled_key {pooled_key.shape[1]}: expected as many.")
     return pooled_key, pooled_value
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from diffusers_linattn.layout import Segment, TokenLayout
-from diffusers_linattn.ops.checks import check_positive_int, check_window
+from diffusers_linattn.ops.checks import broadcasts, check_positive_int, check_window
 from diffusers_linattn.ops.local import local_attention
 from diffusers_linattn.ops.local_choice import choose_impl, choose_windowed, window_covers
 from diffusers_linattn.ops.masks import key_visibility
@@ -115,7 +115,7 @@ class KeyValuePool(nn.Module):
         """
         if visible is None:
             visible = tokens.new_ones(1, 1, layout.length, 1)
-        elif visible.shape[1] not in (1, tokens.shape[1]):
+        elif not broadcasts(visible.shape[1], tokens.shape[1]):
             visible = visible.amax(1, keepdim=True)  # a mask per query head over fewer key heads
         visible = visible.to(tokens.dtype)
         pooled = []
