@@ -10,8 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusers_linattn import ClearProcessor, linearize, restore
 from diffusers_linattn.linearize import layers_of
+from diffusers_linattn.processors.attention_call import AnswerAttention
 
 import tiny
+from model_cases.image_shapes import qwen, qwen_call
 
 
 TEMPLATES = {"windows": ClearProcessor(window=2), **tiny.TRAINABLE}
@@ -74,3 +76,13 @@ def test_conversion_of_a_model_of_the_size_of_flux_without_memory(name: str) -> 
     assert all(p.is_meta for p in model.parameters())
     assert made.total("cpu") == 0
     assert not [layer for layer in layers_of(model) if layer.processor.original_weights]
+
+
+@torch.no_grad()
+def test_a_mask_does_not_bring_the_mode_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The mode is asked about every operation in its block, which costs as much as all else that conversion adds.
+    model = linearize(qwen(), ClearProcessor(window=100))
+    asked = []
+    monkeypatch.setattr(AnswerAttention, "__torch_function__", lambda *args: asked.append(args))
+    model(**qwen_call([(1, 4, 6)], text=7, lengths=[5, 7]).inputs)
+    assert not asked

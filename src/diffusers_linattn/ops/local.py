@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from typing import Any
 
 import torch
 
@@ -104,7 +106,7 @@ def local_attention(
         return attend_in_kernel(*tensors, mask, layout, window, temporal_window, scale)[0]
     heads = query.shape[1]
     key, value, pooled_key, pooled_value = (repeat_heads(x, heads) for x in (key, value, pooled_key, pooled_value))
-    with torch.autocast(query.device.type, enabled=False):
+    with _without_autocast(query.device.type):
         if impl == "tiled":
             refuse_tangents(impl, query, key, value, pooled_key, pooled_value)
             settings = (layout.encode(), window, temporal_window, scale)
@@ -125,6 +127,11 @@ def local_attention(
         if not window_covers(layout, window, temporal_window):
             mask = _with_window(mask, _window_mask(layout, window, temporal_window, query.device))
         return _dense(query, key, value, layout, pooled_key, pooled_value, mask, scale)
+
+
+def _without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+    # Entering torch.autocast costs as much as checking all arguments, also where there is nothing to switch off.
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
 
 
 def attend_in_kernel(

@@ -25,8 +25,9 @@ def window_covers(layout: TokenLayout, window: int, temporal_window: int | None 
         >>> window_covers(layout, 5), window_covers(layout, 6)
         (False, True)
     """
-    for queries in layout.grids:
-        for keys in layout.grids:
+    grids = layout.grids
+    for queries in grids:
+        for keys in grids:
             assert queries.grid is not None
             assert keys.grid is not None
             (frames, *query_size), (_, *key_size) = queries.grid, keys.grid

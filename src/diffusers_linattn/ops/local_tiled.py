@@ -243,9 +243,14 @@ def masked_sdpa(
     """`scaled_dot_product_attention` that gives 0 in rows without a visible key, on every device."""
     if mask is None:
         return F.scaled_dot_product_attention(query, key, value, scale=scale)
-    bias = mask_bias(mask, query.dtype)
-    hidden = bias.isneginf().all(-1, keepdim=True)
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias.masked_fill(hidden, 0), scale=scale)
+    if mask.dtype == torch.bool:  # without a bias of our own: fewer and smaller operations
+        hidden = ~mask.any(-1, keepdim=True)
+        mask = mask | hidden
+    else:
+        mask = mask_bias(mask, query.dtype)
+        hidden = mask.isneginf().all(-1, keepdim=True)
+        mask = mask.masked_fill(hidden, 0)
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
     return out.masked_fill(hidden, 0)
 
 

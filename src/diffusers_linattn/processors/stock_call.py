@@ -57,8 +57,9 @@ def attention_only(call: Callable[..., Any]) -> Callable[..., Any] | None:
         mode = _calls.mode
         if mode is None:
             return own["dispatch_attention_fn"](query, key, value, *args, **kwargs)
-        if not args and kwargs.get("attn_mask") is None and not kwargs.get("attention_kwargs"):
-            # What the native implementation comes down to; masks have forms of their own there.
+        mask = kwargs.get("attn_mask")
+        if not args and (mask is None or mask.ndim == 4) and not kwargs.get("attention_kwargs"):
+            # What the native implementation comes down to; masks of fewer dimensions have forms of their own there.
             named = {name: kwargs[name] for name in _ARGUMENTS if name in kwargs}
             output = mode.answer(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), **named)
             return output.transpose(1, 2)
@@ -72,7 +73,7 @@ def attention_only(call: Callable[..., Any]) -> Callable[..., Any] | None:
     return function
 
 
-_ARGUMENTS = ("dropout_p", "is_causal", "scale", "enable_gqa")
+_ARGUMENTS = ("attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 _CALLS = ("scaled_dot_product_attention", "dispatch_attention_fn")
 
 
