@@ -17,7 +17,8 @@ This page is generated: `python docs/make_models_page.py` writes it from the tab
 [`models/`](../src/diffusers_linattn/models/), where [adding a model](adding_a_model.md) is a function and a row. The
 names here are also what `supported_models()` returns; subclasses of them count as well.
 
-Resolution, prompt length and batch may change from call to call: the layout is worked out anew in each.
+Resolution, prompt length and batch may change from call to call: the layout is worked out anew in each. That takes
+`model(...)`: `model.forward(...)` skips the hook that does it, and may be answered by the layout of the call before.
 
 A processor alone goes to every layer that converts. The patterns of the table choose among them, here those of FLUX.1
 (`pipe` as in the [quickstart](quickstart.md)):

@@ -399,7 +399,7 @@ def test_tokens_that_do_not_match_the_layout_are_refused() -> None:
     with pytest.raises(ValueError, match="not a 6x9 grid in raster order"):
         model(**{**inputs, "img_ids": shuffled})
     fresh = linearize(tiny.flux(), ClearProcessor(window=2))
-    with pytest.raises(ValueError, match="No token layout: call the transformer"):
+    with pytest.raises(ValueError, match="No token layout: call the transformer as model"):
         fresh.transformer_blocks[0].attn(torch.randn(1, 54, 32), encoder_hidden_states=torch.randn(1, 7, 32))
     model(**inputs)
     with pytest.raises(ValueError, match=r"The tokens do not match the layout.*expected 61 query and key tokens"):
@@ -407,6 +407,15 @@ def test_tokens_that_do_not_match_the_layout_are_refused() -> None:
     dit = linearize(tiny.dit(), ClearProcessor(window=2))
     with pytest.raises(ValueError, match="makes square pictures only"):
         dit(**{**tiny.dit_inputs(), "hidden_states": torch.randn(2, 4, 8, 16)})
+
+
+def test_forward_without_hooks_is_an_error_before_any_call_and_at_another_length() -> None:
+    model = linearize(tiny.flux(), ClearProcessor(window=2))
+    with pytest.raises(ValueError, match=r"not model.forward\(...\)"):
+        model.forward(**tiny.flux_inputs(4, 6))
+    model(**tiny.flux_inputs(4, 6))
+    with pytest.raises(ValueError, match="The tokens do not match the layout"):
+        model.forward(**tiny.flux_inputs(4, 8))
 
 
 @pytest.mark.parametrize(

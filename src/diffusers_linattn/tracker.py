@@ -74,8 +74,8 @@ class LayoutTracker:
         layouts = self.last.get(scope)
         if layouts is None:
             raise ValueError(
-                "No token layout: call the transformer (or its pipeline), not one of its layers. The layout is read "
-                "from the arguments of the transformer's forward."
+                "No token layout: call the transformer as model(...) (or its pipeline), not model.forward(...) or one "
+                "of its layers. The layout is read from the arguments, by a hook that forward(...) skips."
             )
         if torch.compiler.is_compiling():
             return tuple(_layout_of_shapes(shapes) for shapes in self._shapes[scope])
