@@ -21,14 +21,15 @@ pytestmark = [
 ]
 
 CASES = [(chip, dim, torch.bfloat16) for chip in CHIPS for dim in (64, 128)]
-CASES += [(90, 128, torch.float16), (90, 72, torch.bfloat16)]
+CASES += [(90, 128, torch.float16), (90, 72, torch.bfloat16), (90, 256, torch.float32)]
 
 
 @pytest.mark.parametrize(("chip", "head_dim", "dtype"), CASES, ids=str)
 def test_no_spills_and_asynchronous_copies(chip: int, head_dim: int, dtype: torch.dtype) -> None:
     for name, tiles in windowed.launches(head_dim, dtype, chip).items():
         result = windowed.compile_kernel(name, tiles, head_dim, dtype, chip)
-        assert result.spills == 0, f"{name}: {result}"
+        assert result.loop_spills == 0, f"{name}: {result}"
+        assert result.spills <= (8 if dtype == torch.float32 else 0), f"{name}: {result}"
         assert result.shared <= CHIPS[chip], f"{name}: {result}"
         assert result.loops == result.asynchronous == 2, f"{name}: {result}"
 
