@@ -253,6 +253,26 @@ def test_autocast(mechanism: str) -> None:
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp16 model", "fp16 autocast"])
+def test_sums_without_a_denominator_beyond_the_range_of_fp16(autocast: bool, impl: str) -> None:
+    model, inputs = tiny.dit(), tiny.dit_inputs()
+    for block in model.transformer_blocks:
+        for projection in (block.attn1.to_q, block.attn1.to_k, block.attn1.to_v):
+            projection.weight.data *= 50
+    linearize(model, GLAProcessor(direction="alternate", impl=impl))
+    with torch.no_grad():
+        expected = model(**inputs)[0]
+    if not autocast:
+        model, inputs["hidden_states"] = model.half(), inputs["hidden_states"].half()
+    with torch.autocast("cpu", torch.float16, enabled=autocast):
+        output = model(**inputs)[0]
+    (output.float().square().mean() * 1e-2).backward()
+    assert output.dtype == torch.float16
+    assert (output.float() - expected).abs().max() < 0.02 * expected.abs().max()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
 @torch.no_grad()
 def test_grouped_queries_and_padding_masks_reach_the_mechanism() -> None:
     # The text of the last sample is padded: what stands in the padded tokens must not matter.

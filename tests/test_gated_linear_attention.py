@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from diffusers_linattn.kernels import scan_paths
 from diffusers_linattn.layout import TokenLayout
-from diffusers_linattn.ops import gated_chunked, reference
+from diffusers_linattn.ops import gated, gated_chunked, reference
 from diffusers_linattn.ops.gated import gated_linear_attention
 from diffusers_linattn.ops.gated_fla import fla_scan
 from diffusers_linattn.ops.linear import linear_attention
@@ -346,6 +346,21 @@ def test_fla_scans_the_same_path(direction, order, per_head):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("impl", ["chunked", "reference", "fla"])
+def test_sums_beyond_the_range_of_fp16(impl, monkeypatch):
+    # fla's kernel runs on a GPU only; this stand-in keeps its sums in the dtype that it gets, as that does.
+    monkeypatch.setattr(gated, "load_chunk_gla", lambda: recurrence)
+    layout = LAYOUTS["several chunks"]
+    query, key, value, gate = make_gated_inputs(layout, strength=0.01)
+    inputs = [(x * 60).half() for x in (query.abs(), key.abs(), value.abs())]
+    options = {"direction": "forward", "feature_map": None, "normalize": False}
+    expected = gated_linear_attention(*(x.float() for x in inputs), gate, layout, **options)
+    assert expected.max() > torch.finfo(torch.float16).max
+    output = gated_linear_attention(*inputs, gate, layout, impl=impl, dtype=torch.float32, **options)
+    torch.testing.assert_close(output, expected, atol=0, rtol=1e-4)
+    assert gated_linear_attention(*inputs, gate, layout, impl=impl, **options).dtype == torch.float16
+
+
 @pytest.mark.skipif(importlib.util.find_spec("fla") is not None, reason="fla-core is installed")
 def test_fla_is_asked_for_where_it_is_missing():
     layout = LAYOUTS["odd grid"]
@@ -404,6 +419,7 @@ def test_does_not_compile_once_per_size(given, order):
             {"impl": "torch"},
             "Unknown impl 'torch': expected one of None, 'triton', 'chunked', 'fla', 'reference'",
         ),
+        ("odd grid", {"dtype": torch.int64}, "Unknown dtype torch.int64: expected one of None, torch.float32"),
         ("odd grid", {"direction": "alternate"}, "'forward', 'backward', 'bidirectional'"),
         ("odd grid", {"order": "diagonal"}, "'rows', 'columns'"),
         ("odd grid", {"feature_map": "gelu"}, "Unknown feature_map 'gelu'"),
@@ -412,7 +428,7 @@ def test_does_not_compile_once_per_size(given, order):
         ("77 text first", {"normalize": False}, "no denominator to share with text"),
         ("odd grid", {"mask": torch.ones(35, 35, dtype=torch.bool).tril()}, "cannot honour a pairwise mask"),
     ],
-    ids=["impl", "direction", "order", "feature map", "path", "no feature map", "text", "pairwise mask"],
+    ids=["impl", "dtype", "direction", "order", "feature map", "path", "no feature map", "text", "pairwise mask"],
 )
 def test_errors(name, arguments, match):
     layout = LAYOUTS[name]

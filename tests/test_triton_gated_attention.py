@@ -76,6 +76,18 @@ def test_half_precision(dtype, per_head):
     check(LAYOUTS["odd grid"], per_head, dtype, heads=2)
 
 
+@pytest.mark.usefixtures("short_chunks")
+def test_sums_beyond_the_range_of_fp16():
+    layout = LAYOUTS["odd grid"]
+    query, key, value, gate = make_gated_inputs(layout, strength=0.01, batch=1, heads=1)
+    inputs = [(x.abs() * 60).half() for x in (query, key, value)]
+    options = {"direction": "forward", "feature_map": None, "normalize": False}
+    expected = gated_linear_attention(*(x.float() for x in inputs), gate, layout, impl="reference", **options)
+    assert expected.max() > torch.finfo(torch.float16).max
+    output = gated_linear_attention(*inputs, gate, layout, impl="triton", dtype=torch.float32, **options)
+    torch.testing.assert_close(output, expected, atol=0, rtol=1e-3)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.usefixtures("short_chunks")
 def test_text_in_half_precision(dtype):

@@ -13,6 +13,7 @@ from diffusers_linattn.kernels.text_blending import blend_text
 from diffusers_linattn.layout import TokenLayout
 from diffusers_linattn.ops import reference
 from diffusers_linattn.ops.checks import (
+    DTYPES,
     check_attention_inputs,
     check_choice,
     check_tensor,
@@ -46,6 +47,7 @@ def gated_linear_attention(
     enable_gqa: bool = False,
     impl: str | None = None,
     path: int | None = None,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Linear attention that forgets along a scan of the grid (GLA, arXiv 2312.06635; DiG, arXiv 2405.18428).
 
@@ -77,9 +79,10 @@ def gated_linear_attention(
             runs, else `"chunked"`.
         path: For layers that alternate between paths under `torch.compile`: what `scan_paths.scan_path` gives, in
             place of `order` and of the choice between `"forward"` and `"backward"`.
+        dtype: Of the output; `None` is the value's. Without a denominator sums may be too large for fp16.
 
     Returns:
-        (batch, heads, tokens, value_dim) in the value's dtype, computed in fp32, or fp64 for fp64.
+        (batch, heads, tokens, value_dim) in `dtype`, computed in fp32, or fp64 for fp64.
 
     Raises:
         ValueError: Shapes that do not fit each other or the layout, an unknown `direction`, `order`, `feature_map` or
@@ -99,6 +102,7 @@ def gated_linear_attention(
     check_choice("impl", impl, IMPLEMENTATIONS)
     check_choice("direction", direction, DIRECTIONS)
     check_choice("order", order, ORDERS)
+    check_choice("dtype", dtype, (None, *DTYPES))
     if normalize and feature_map is None:
         raise ValueError(
             "feature_map=None gives negative weights, which cannot be normalized: pass a feature map, or "
@@ -115,7 +119,7 @@ def gated_linear_attention(
     of_query, of_key = (full_precision, full_precision) if feature_map is None else resolve_feature_map(feature_map)
     if not layout.grids:
         _check_gate(gate, of_key(key), key_heads)
-        return with_text_queries(None, query, key, value, layout, mask, scale)
+        return with_text_queries(None, query, key, value, layout, mask, scale, dtype)
     key_mask = reduce_to_key_mask(mask, layout, query.dtype)
     both = direction == "bidirectional"
     path = scan_path(direction, order) if path is None else path
@@ -164,7 +168,7 @@ def gated_linear_attention(
             else:
                 grid = blend_with_text(query, key, value, layout, sums, counts, key_mask, scale)
         grid = grid if key_mask is None else key_mask.zero_hidden(grid)
-    return with_text_queries(grid, query, key, value, layout, mask, scale)
+    return with_text_queries(grid, query, key, value, layout, mask, scale, dtype)
 
 
 def _sum_over_grids(
@@ -195,7 +199,8 @@ def _sum_over_grids(
             )
             count = count[..., None]
         else:
-            v = full_precision(v) if impl == "chunked" else v
+            # fp16 has not the range of sums; fla-core keeps those in the dtype of its inputs.
+            v = full_precision(v) if impl == "chunked" or v.dtype == torch.float16 else v
             if normalize:
                 v = torch.cat([v, torch.ones_like(v[..., :1])], -1)  # a value of 1 adds up the weights
             if impl == "fla":

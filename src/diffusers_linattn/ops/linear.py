@@ -292,10 +292,11 @@ def with_text_queries(
     layout: TokenLayout,
     mask: torch.Tensor | None,
     scale: float | None,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """The whole output: that of the grid queries, (B, H, G, D), and softmax over all tokens for the text queries.
 
-    Text queries that the mask shows nothing give 0. The result has the value's dtype.
+    Text queries that the mask shows nothing give 0. The result has the dtype given, or the value's.
     """
     text = None
     if layout.num_text or grid is None:
@@ -312,7 +313,7 @@ def with_text_queries(
         source = text if is_text else grid
         if source is not None:
             start = starts[is_text]
-            parts.append(source[:, :, start : start + segment.length].to(value.dtype).transpose(1, 2))
+            parts.append(source[:, :, start : start + segment.length].to(dtype or value.dtype).transpose(1, 2))
             starts[is_text] = start + segment.length
     # In the memory order of (B, N, H, D), so that merging the heads afterwards copies nothing.
     return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).transpose(1, 2)

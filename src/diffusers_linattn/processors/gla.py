@@ -122,10 +122,12 @@ class GLAProcessor(BaseProcessor):
             scale=call.scale,
             enable_gqa=call.enable_gqa,
             impl=self.impl,
+            # What has no denominator may leave fp16's range, until the norm brings it back.
+            dtype=torch.float32 if call.value.dtype == torch.float16 and not normalize else None,
         )
         if self.direction == "alternate":
             attended = self.output_gate(attended, call.hidden_states, call.layout)
-        return attended
+        return attended.to(call.value.dtype)
 
 
 class LogGate(nn.Module):
@@ -159,7 +161,7 @@ class OutputGate(nn.Module):
     def __init__(self, channels: int, heads: int, head_dim: int):
         super().__init__()
         self.heads, self.head_dim = heads, head_dim
-        self.norm = nn.RMSNorm(head_dim, eps=1e-5)
+        self.norm = HeadNorm(head_dim, eps=1e-5)
         self.proj = nn.Linear(channels, heads * head_dim)
         nn.init.zeros_(self.proj.weight)
         nn.init.constant_(self.proj.bias, SILU_INVERSE_OF_ONE)
@@ -168,12 +170,20 @@ class OutputGate(nn.Module):
         """`attended` is `(batch, heads, tokens, head_dim)`, `hidden_states` the input of the layer."""
         gate = spread_over(F.silu(self.proj(hidden_states)), layout, fill=1.0)
         gate = gate.reshape(*gate.shape[:2], self.heads, self.head_dim).transpose(1, 2)
-        gated = self.norm(attended.to(self.norm.weight.dtype)) * gate
+        gated = self.norm(attended) * gate
         parts = [
             (attended if segment.grid is None else gated)[:, :, segment.start : segment.stop].to(attended.dtype)
             for segment in layout.segments
         ]
         return torch.cat(parts, 2)
+
+
+class HeadNorm(nn.RMSNorm):
+    """RMSNorm that computes in the wider dtype of its input and its weight."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        dtype = torch.promote_types(x.dtype, self.weight.dtype)
+        return F.rms_norm(x.to(dtype), self.normalized_shape, self.weight.to(dtype), self.eps)
 
 
 class GridConvolution(nn.Module):
