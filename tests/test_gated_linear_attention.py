@@ -297,28 +297,73 @@ def path_of(direction, order):
 
 
 @by_direction
-@pytest.mark.parametrize(("order", "per_head"), [("rows", False), ("columns", False), ("rows", True)])
-def test_custom_operators(direction, order, per_head):
-    inputs = make_gated_inputs(TokenLayout.image((1, 4, 9)), dim=4, per_head=per_head)
+@pytest.mark.parametrize(
+    ("order", "per_head", "features"),
+    [("rows", False, "none"), ("columns", False, "relu"), ("rows", True, "elu"), ("columns", True, "softmax")],
+)
+def test_custom_operators(direction, order, per_head, features):
+    dtype = torch.bfloat16 if per_head else torch.float32
+    inputs = make_gated_inputs(TokenLayout.image((1, 4, 9)), dtype, dim=4, per_head=per_head)
     query, key, value, gate = (x.requires_grad_() for x in inputs)
-    path = path_of(direction, order)
-    torch.library.opcheck(gated_chunked._gated_scan, (query, key, value[..., :3], gate, *path))
-    output, starts = gated_chunked._gated_scan(query, key, value, gate, *path)
-    arguments = [x.detach() for x in (output, query, key, value, gate, starts)]
-    torch.library.opcheck(gated_chunked._gated_scan_backward, (*arguments, *path))
+    weights = torch.rand(1, 1, 36, 1) if order == "columns" else None
+    settings = (weights, features, features != "none", *path_of(direction, order))
+    torch.library.opcheck(gated_chunked._gated_scan, (query, key, value[..., :3], gate, *settings))
+    output, starts = gated_chunked._gated_scan(query, key, value, gate, *settings)
+    arguments = [x.detach() for x in (output, starts, query, key, value, gate)]
+    torch.library.opcheck(gated_chunked._gated_scan_backward, (*arguments, *settings))
 
 
 @by_direction
-@pytest.mark.parametrize(("order", "per_head"), [("rows", False), ("columns", False), ("rows", True)])
-def test_scan_gradients(direction, order, per_head):
+@pytest.mark.parametrize(
+    ("order", "per_head", "features"),
+    [("rows", False, "none"), ("columns", False, "relu"), ("rows", True, "elu"), ("columns", True, "softmax")],
+)
+def test_scan_gradients(direction, order, per_head, features):
     inputs = make_gated_inputs(TokenLayout.image((1, 4, 9)), torch.float64, dim=2, per_head=per_head)
     inputs = [x.requires_grad_() for x in inputs]
     height, width, both, path = path_of(direction, order)
+    weights = torch.rand(1, 1, 36, 1, dtype=torch.float64) if order == "columns" else None
 
     def scan(*x):
-        return gated_chunked.gated_scan(*x, (1, height, width), both, path)
+        return gated_chunked.gated_scan(*x, (1, height, width), both, path, features, True, weights)
 
     assert torch.autograd.gradcheck(scan, inputs, fast_mode=True)
+
+
+def kept_for_backward(function, inputs):
+    """Bytes of what autograd keeps beyond the inputs and the output, each storage once."""
+    inputs, kept = [x.requires_grad_() for x in inputs], {}
+
+    def pack(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        output = function(*inputs)
+    for x in (*inputs, output):
+        kept.pop(x.untyped_storage().data_ptr(), None)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize("per_head", [False, True], ids=["per channel", "per head"])
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+@pytest.mark.parametrize(
+    ("name", "feature_map"),
+    [("no text", None), ("no text", "relu"), ("77 text first", "elu"), ("references and padding", "softmax")],
+)
+def test_keeps_little_for_backward(name, masked, per_head, feature_map):
+    layout = LAYOUTS[name]
+    inputs = make_gated_inputs(layout, torch.bfloat16, per_head=per_head, dim=16)
+    mask = torch.arange(layout.length) != 3 if masked else None
+    options = {"feature_map": feature_map, "normalize": feature_map is not None, "mask": mask}
+    kept = kept_for_backward(ours(layout, **options), inputs)
+    batch, heads, _, dim = inputs[0].shape
+    tokens, slabs = sum(grid.length for grid in layout.grids), len(layout.grids)
+    states = 2 * batch * heads * slabs * dim * (dim + 1) * 4
+    sums = batch * heads * tokens * (dim + 2) * 4 if feature_map else 0
+    of_text = batch * heads * layout.num_text * (4 * dim + 1) * 2 * 3 if layout.num_text else 0
+    of_mask = batch * heads * layout.length * 16 if masked else 0
+    assert kept <= states + sums + of_text + of_mask
 
 
 def recurrence(query, key, value, gate, scale):

@@ -5,7 +5,11 @@ Letters: B batch, H heads, N tokens, D head_dim, K features per head; G tokens i
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from diffusers_linattn.kernels.gated_attention import IN_KERNEL_FEATURES, gated_attention_triton
 from diffusers_linattn.kernels.scan_paths import DIRECTIONS, ORDERS, describe_path, scan_path
@@ -123,14 +127,14 @@ def gated_linear_attention(
     key_mask = reduce_to_key_mask(mask, layout, query.dtype)
     both = direction == "bidirectional"
     path = scan_path(direction, order) if path is None else path
-    # The kernel takes the features itself, unless something else needs them, too.
     name = "none" if feature_map is None else feature_map
-    fused = name in IN_KERNEL_FEATURES and key_mask is None and len(layout.grids) == 1
-    fused = fused and (impl or choose_impl(query, value, query.shape[-1])) == "triton"
+    fused = _takes_features(impl or choose_impl(query, value, query.shape[-1]), name, layout, key_mask)
     phi_q, phi_k = (query, key) if fused else (of_query(query), of_key(key))
     check_features(phi_q, phi_k)
-    gate = _check_gate(gate, phi_k, key_heads).to(torch.promote_types(phi_k.dtype, torch.float32))
+    gate = _check_gate(gate, phi_k, key_heads)
     impl = impl or choose_impl(query, value, phi_k.shape[-1])
+    if impl != "chunked":  # which does so itself
+        gate = gate.to(torch.promote_types(phi_k.dtype, torch.float32))
     if impl != "reference":
         refuse_tangents(impl, phi_q, phi_k, value, gate)
     if impl == "triton" and (reason := why_not_triton(query, value, phi_k.shape[-1])) is not None:
@@ -155,16 +159,24 @@ def gated_linear_attention(
             )
             grid = take(output, layout.grids)
         else:
-            if key_mask is not None:
-                phi_k = phi_k * key_mask.weights()
+            weights = None if key_mask is None else key_mask.weights()
+            if weights is not None and not fused:
+                phi_k, weights = phi_k * weights, None
             settings = (impl, both, path, normalize, str(name) if fused else "none")
-            sums, counts = _sum_over_grids(phi_q, phi_k, value, gate, layout, *settings)
+            sums, counts = _sum_over_grids(phi_q, phi_k, value, gate, weights, layout, *settings)
             factor = query.shape[-1] ** -0.5 if scale is None else scale
             if counts is None:
                 grid = sums * factor
             elif impl != "chunked" and _blends_in_kernel(query, value, layout, key_mask, feature_map):
                 text = text_for_kernels(key, value, layout, key_mask)
                 grid = blend_text(sums, counts[..., 0], take(query, layout.grids), *text, factor)[0]
+            elif layout.num_text:
+
+                def blend(*x: torch.Tensor) -> torch.Tensor:
+                    query, key, value, sums, counts = x
+                    return blend_with_text(query, key, value, layout, sums, counts, key_mask, scale)
+
+                grid = _recomputed(blend, query, key, value, sums, counts)
             else:
                 grid = blend_with_text(query, key, value, layout, sums, counts, key_mask, scale)
         grid = grid if key_mask is None else key_mask.zero_hidden(grid)
@@ -176,6 +188,7 @@ def _sum_over_grids(
     phi_k: torch.Tensor,
     value: torch.Tensor,
     gate: torch.Tensor,
+    weights: torch.Tensor | None,
     layout: TokenLayout,
     impl: str,
     both: bool,
@@ -185,7 +198,8 @@ def _sum_over_grids(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Weights times values for the grid queries, (B, H, G, V), and to normalize the sums of the weights, (B, H, G, 1).
 
-    Gated inside each grid, ungated across grids. `features` are left to the kernel.
+    Gated inside each grid, ungated across grids. `features` and the `weights`
+    of keys are left to the operator.
     """
     sums, counts = [], []
     for segment in layout.grids:
@@ -199,28 +213,65 @@ def _sum_over_grids(
             )
             count = count[..., None]
         else:
-            # fp16 has not the range of sums; fla-core keeps those in the dtype of its inputs.
-            v = full_precision(v) if impl == "chunked" or v.dtype == torch.float16 else v
-            if normalize:
-                v = torch.cat([v, torch.ones_like(v[..., :1])], -1)  # a value of 1 adds up the weights
-            if impl == "fla":
+            if impl == "chunked":
+                w = None if weights is None else take(weights, [segment])
+                output = gated_scan(q, k, v, g, *settings, features, normalize, w)
+            else:
+                # fp16 has not the range of sums; fla-core keeps those in the dtype of its inputs.
+                v = full_precision(v) if v.dtype == torch.float16 else v
+                if normalize:
+                    v = torch.cat([v, torch.ones_like(v[..., :1])], -1)  # a value of 1 adds up the weights
                 output = full_precision(fla_scan(load_chunk_gla(), q.to(v.dtype), k.to(v.dtype), v, g, *settings))
-            else:  # which leaves out the token itself
-                output = gated_scan(q, k, v, g, *settings) + (q * k).sum(-1, keepdim=True) * v
             output, count = output[..., : value.shape[-1]], output[..., value.shape[-1] :]
         sums.append(output)
         counts.append(count)
-    if len(layout.grids) > 1:
-        keys, values = ([full_precision(take(x, [grid])) for grid in layout.grids] for x in (phi_k, value))
-        states = [k.transpose(-1, -2) @ v for k, v in zip(keys, values, strict=True)]
-        totals = [k.sum(-2)[..., None] for k in keys]
-        for i, segment in enumerate(layout.grids):
-            q = take(phi_q, [segment])
-            sums[i] = sums[i] + q @ sum(states[:i] + states[i + 1 :])
-            counts[i] = counts[i] + q @ sum(totals[:i] + totals[i + 1 :]) if normalize else counts[i]
     if len(layout.grids) == 1:  # without the copy that cat makes
         return sums[0], counts[0] if normalize else None
-    return torch.cat(sums, 2), torch.cat(counts, 2) if normalize else None
+
+    def others(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return _sum_over_other_grids(query, key, value, weights, layout, features)
+
+    across = _recomputed(others, phi_q, phi_k, value)
+    sums_across, counts_across = across.split([value.shape[-1], 1], -1)
+    return torch.cat(sums, 2) + sums_across, torch.cat(counts, 2) + counts_across if normalize else None
+
+
+def _sum_over_other_grids(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    weights: torch.Tensor | None,
+    layout: TokenLayout,
+    features: str,
+) -> torch.Tensor:
+    """For the grid queries φ(q)·φ(k) times values, and a column of its sums, over the keys of the other grids."""
+    of_query, of_key = (full_precision, full_precision) if features == "none" else resolve_feature_map(features)
+    states = []
+    for grid in layout.grids:
+        k = of_key(take(key, [grid]))
+        k = k if weights is None else k * take(weights, [grid])
+        states.append(k.transpose(-1, -2) @ F.pad(full_precision(take(value, [grid])), (0, 1), value=1.0))
+    outputs = [
+        of_query(take(query, [grid])) @ sum(states[:i] + states[i + 1 :]) for i, grid in enumerate(layout.grids)
+    ]
+    return torch.cat(outputs, 2)
+
+
+def _recomputed(function: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
+    """`function` of the tensors; the backward pass keeps these alone and calls it again."""
+    if not torch.is_grad_enabled():
+        return function(*tensors)
+    return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
+
+
+def _takes_features(impl: str, feature_map: FeatureMapArgument, layout: TokenLayout, key_mask: KeyMask | None) -> bool:
+    """Whether the operator takes features itself, and so keeps its inputs rather than features for backward."""
+    if not isinstance(feature_map, str):
+        return False
+    if impl == "chunked":  # has no gradient for the weights that a mask gives to keys
+        return key_mask is None or not key_mask.bias.requires_grad
+    # Masks and other grids need the features, too.
+    return impl == "triton" and feature_map in IN_KERNEL_FEATURES and key_mask is None and len(layout.grids) == 1
 
 
 def _blends_in_kernel(

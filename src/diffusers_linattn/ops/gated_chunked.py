@@ -8,10 +8,15 @@ times B times H. A state is the (K, V) matrix of the recurrence `S_t = diag(exp(
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
+import torch.nn.functional as F
 
 from diffusers_linattn.kernels.scan_paths import describe_path
+from diffusers_linattn.ops.features import full_precision
 from diffusers_linattn.ops.gated_slabs import scan_slab, scan_slab_backward
+from diffusers_linattn.ops.reference import FEATURE_MAPS
 
 
 CHUNK = 64  # a power of two
@@ -28,38 +33,49 @@ def gated_scan(
     grid: tuple[int, int, int],
     both: bool,
     path: int,
+    features: str = "none",
+    counted: bool = False,
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Σ_j (Σ_d q_id k_jd Π a_d) v_j over the keys j ≠ i before i on the path, or after it, a = exp(gate) from j to i.
+    """Σ_j (Σ_d φ(q_i)_d φ(k_j)_d Π a_d) w_j v_j over the keys j up to i on the path, or from it on, a = exp(gate).
+
+    Computed in fp32, or fp64 for fp64. The backward pass keeps the inputs as they are and a state per slab; what is
+    made of them is made again.
 
     Args:
-        query: (B, H, L, K), fp32 or fp64, tokens in raster order, like all of them.
+        query: (B, H, L, K), any floating dtype, tokens in raster order, like all of them.
         key: (B, H, L, K).
         value: (B, H, L, V).
         gate: (B, H, L, K), or (B, H, L, 1) for all features alike, ≤ 0.
         grid: (frames, height, width) with L tokens.
-        both: Add the scan along the path and the one against it, in one pass.
+        both: Add the scan along the path and the one against it, in one pass; each token counts itself once.
         path: What [`scan_path`] gives. An integer rather than words, so that it can be a symbolic size and layers with
             different paths share one compiled block.
+        features: φ: a name of `reference.FEATURE_MAPS`, or `"none"`.
+        counted: Add a column with the sums of the weights.
+        weights: w, (B | 1, H | 1, L, 1), without a gradient; `None` is 1.
 
     Returns:
-        (B, H, L, V). Memory is linear in L, with autograd as well.
+        (B, H, L, V), or V + 1 with `counted`.
     """
-    gate = gate.clamp(min=LOWEST_GATE)
-    return _gated_scan(query, key, value, gate, grid[1], grid[2], both, path)[0]
+    return _gated_scan(query, key, value, gate, weights, features, counted, grid[1], grid[2], both, path)[0]
 
 
-_INPUTS = "Tensor query, Tensor key, Tensor value, Tensor gate"
-_PATH = "SymInt height, SymInt width, bool both, SymInt path"
+_INPUTS = "Tensor query, Tensor key, Tensor value, Tensor gate, Tensor? weights"
+_SETTINGS = "str features, bool counted, SymInt height, SymInt width, bool both, SymInt path"
 
 
 @torch.library.custom_op(
-    "diffusers_linattn::gated_scan", mutates_args=(), schema=f"({_INPUTS}, {_PATH}) -> (Tensor, Tensor)"
+    "diffusers_linattn::gated_scan", mutates_args=(), schema=f"({_INPUTS}, {_SETTINGS}) -> (Tensor, Tensor)"
 )
 def _gated_scan(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     gate: torch.Tensor,
+    weights: torch.Tensor | None,
+    features: str,
+    counted: bool,
     height: int,
     width: int,
     both: bool,
@@ -67,13 +83,14 @@ def _gated_scan(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The output, and the state at the start of every slab, which the backward pass starts from."""
     direction, order = describe_path(path, both)
-    query, key, value, gate = (_to_path(x, order, height, width) for x in (query, key, value, gate))
-    output, starts = torch.zeros_like(value, memory_format=torch.contiguous_format), []
-    state = query.new_zeros(_num_scans(query, both), query.shape[-1], value.shape[-1])
+    inputs = _Inputs.on_path(query, key, value, gate, weights, direction, order, height, width, features, counted)
+    output = inputs.zeros(value.shape[3] + counted)
+    state, starts = output.new_zeros(_num_scans(query, both), key.shape[3], output.shape[3]), []
     for slab in _slabs(query.shape[2]):
         starts.append(state.clone())
-        q, k, v, g = (_read(x, slab, direction) for x in (query, key, value, gate))
+        q, k, v, g = inputs.read(slab)
         slab_output, state = scan_slab(q, k, v, g, state)
+        _add_own(slab_output, q, k, v, output.shape[0] * output.shape[1])
         _add(output, slab_output, slab, direction)
     return _from_path(output, order, height, width), torch.stack(starts, 1)
 
@@ -84,28 +101,34 @@ def _(
     key: torch.Tensor,
     value: torch.Tensor,
     gate: torch.Tensor,
+    weights: torch.Tensor | None,
+    features: str,
+    counted: bool,
     height: int,
     width: int,
     both: bool,
     path: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    slabs = (query.shape[2] + SLAB - 1) // SLAB
-    starts = query.new_empty(_num_scans(query, both), slabs, query.shape[-1], value.shape[-1])
-    return torch.empty_like(value, memory_format=torch.contiguous_format), starts
+    slabs, columns = (query.shape[2] + SLAB - 1) // SLAB, value.shape[-1] + counted
+    output = query.new_empty(*query.shape[:3], columns, dtype=torch.promote_types(query.dtype, torch.float32))
+    return output, output.new_empty(_num_scans(query, both), slabs, query.shape[-1], columns)
 
 
 @torch.library.custom_op(
     "diffusers_linattn::gated_scan_backward",
     mutates_args=(),
-    schema=f"(Tensor grad, {_INPUTS}, Tensor starts, {_PATH}) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema=f"(Tensor grad, Tensor starts, {_INPUTS}, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _gated_scan_backward(
     grad: torch.Tensor,
+    starts: torch.Tensor,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     gate: torch.Tensor,
-    starts: torch.Tensor,
+    weights: torch.Tensor | None,
+    features: str,
+    counted: bool,
     height: int,
     width: int,
     both: bool,
@@ -113,20 +136,32 @@ def _gated_scan_backward(
 ) -> tuple[torch.Tensor, ...]:
     with torch.autocast(query.device.type, enabled=False):  # a backward pass may run inside the user's autocast
         direction, order = describe_path(path, both)
-        grad, *inputs = (_to_path(x, order, height, width) for x in (grad, query, key, value, gate))
-        gradients = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in inputs]
+        inputs = _Inputs.on_path(query, key, value, gate, weights, direction, order, height, width, features, counted)
+        gradients = [inputs.zeros(x.shape[3]) for x in (query, key, grad, gate)]
+        grad = _to_path(grad, order, height, width)
         d_state = torch.zeros_like(starts[:, 0])
         for index, slab in reversed(list(enumerate(_slabs(query.shape[2])))):
-            q, k, v, g, do = (_read(x, slab, direction) for x in (*inputs, grad))
-            *slab_gradients, d_state = scan_slab_backward(q, k, v, g, starts[:, index], do, d_state)
-            for gradient, slab_gradient in zip(gradients, slab_gradients, strict=True):
+            q, k, v, g = inputs.read(slab)
+            do = _in_chunks(_read(grad, slab, direction))
+            dq, dk, dv, dg, d_state = scan_slab_backward(q, k, v, g, starts[:, index], do, d_state)
+            _add_own_gradients(dq, dk, dv, q, k, v, do, grad.shape[0] * grad.shape[1])
+            for gradient, slab_gradient in zip(gradients, (dq, dk, dv, dg), strict=True):
                 _add(gradient, slab_gradient, slab, direction)
-        return tuple(_from_path(gradient, order, height, width) for gradient in gradients)
+        dq, dk, dv, dg = (_from_path(gradient, order, height, width) for gradient in gradients)
+        dk = dk if weights is None else dk.mul_(weights)
+        results = (
+            _features_backward(dq, query, features),
+            _features_backward(dk, key, features),
+            dv[..., : value.shape[3]],
+            dg.masked_fill_(gate < LOWEST_GATE, 0),
+        )
+        return tuple(x.to(of.dtype).contiguous() for x, of in zip(results, (query, key, value, gate), strict=True))
 
 
 @_gated_scan_backward.register_fake
 def _(
     grad: torch.Tensor,
+    starts: torch.Tensor,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -137,16 +172,103 @@ def _(
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    *tensors, height, width, both, path = inputs
-    ctx.settings = (height, width, both, path)
-    ctx.save_for_backward(*tensors, output[1])
+    ctx.settings = inputs[5:]
+    ctx.save_for_backward(output[1], *inputs[:5])
 
 
 def _backward(ctx, grad, _grad_starts):  # type: ignore[no-untyped-def]
-    return *_gated_scan_backward(grad, *ctx.saved_tensors, *ctx.settings), None, None, None, None
+    return *_gated_scan_backward(grad, *ctx.saved_tensors, *ctx.settings), *[None] * 7
 
 
 _gated_scan.register_autograd(_backward, setup_context=_setup_context)
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """The inputs of a scan in the order of its path, in their own dtypes."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    gate: torch.Tensor
+    weights: torch.Tensor | None
+    direction: str
+    features: str
+    counted: bool
+
+    @classmethod
+    def on_path(
+        cls,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        gate: torch.Tensor,
+        weights: torch.Tensor | None,
+        direction: str,
+        order: str,
+        height: int,
+        width: int,
+        features: str,
+        counted: bool,
+    ) -> _Inputs:
+        q, k, v, g = (_to_path(x, order, height, width) for x in (query, key, value, gate))
+        if weights is not None:
+            weights = _to_path(weights.expand(*key.shape[:3], 1), order, height, width)
+        return cls(q, k, v, g, weights, direction, features, counted)
+
+    def zeros(self, channels: int) -> torch.Tensor:
+        return self.query.new_zeros(
+            *self.query.shape[:3], channels, dtype=torch.promote_types(self.query.dtype, torch.float32)
+        )
+
+    def read(self, slab: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """φ(q), φ(k) w, v with a column of ones, which adds up the weights, and the gate, in fp32 or fp64."""
+        q, k = (_features(_read(x, slab, self.direction), self.features) for x in (self.query, self.key))
+        if self.weights is not None:
+            k = k * _read(self.weights, slab, self.direction)
+        v, g = (_read(x, slab, self.direction).to(q.dtype) for x in (self.value, self.gate))
+        v = F.pad(v, (0, 1), value=1.0) if self.counted else v
+        return _in_chunks(q), _in_chunks(k), _in_chunks(v), _in_chunks(g.clamp(min=LOWEST_GATE))
+
+
+def _features(x: torch.Tensor, name: str) -> torch.Tensor:
+    x = full_precision(x)
+    return x if name == "none" else FEATURE_MAPS[name](x)
+
+
+def _features_backward(grad: torch.Tensor, x: torch.Tensor, name: str) -> torch.Tensor:
+    """The gradient of `x` from that of φ(x), which is overwritten."""
+    if name == "relu":
+        return grad.masked_fill_(x <= 0, 0)
+    if name == "elu":
+        return grad.mul_(_features(x, name).clamp_(max=1))
+    if name == "softmax":
+        phi = _features(x, name)
+        return grad.sub_((grad * phi).sum(-1, keepdim=True)).mul_(phi)
+    return grad
+
+
+def _add_own(output: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scans: int) -> None:
+    """Add what tokens read of themselves, which a scan leaves out, to the first of the scans: once in either case."""
+    q, k, v = (x[:scans] for x in (q, k, v))
+    output[:scans].addcmul_((q * k).sum(-1, keepdim=True), v)
+
+
+def _add_own_gradients(
+    dq: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    grad: torch.Tensor,
+    scans: int,
+) -> None:
+    q, k, v, grad = (x[:scans] for x in (q, k, v, grad))
+    own = (grad * v).sum(-1, keepdim=True)
+    dq[:scans].addcmul_(own, k)
+    dk[:scans].addcmul_(own, q)
+    dv[:scans].addcmul_((q * k).sum(-1, keepdim=True), grad)
 
 
 def _to_path(x: torch.Tensor, order: str, height: int, width: int) -> torch.Tensor:
@@ -174,16 +296,19 @@ def _mirrored(slab: slice, length: int) -> slice:
 
 
 def _read(x: torch.Tensor, slab: slice, direction: str) -> torch.Tensor:
-    """A slab of (B, H, L, …) as (S, chunks, C, …): every direction is a scan of its own that runs forward."""
-    x, scans = x.flatten(0, 1), []
+    """A slab of (B, H, L, …) as (S, tokens, …): every direction is a scan of its own that runs forward."""
+    scans = []
     if direction != "backward":
-        scans.append(x[:, slab])
+        scans.append(x[:, :, slab].flatten(0, 1))
     if direction != "forward":
-        scans.append(x[:, _mirrored(slab, x.shape[1])].flip(1))
-    tokens = torch.cat(scans)
+        scans.append(x[:, :, _mirrored(slab, x.shape[2])].flatten(0, 1).flip(1))
+    return torch.cat(scans)
+
+
+def _in_chunks(tokens: torch.Tensor) -> torch.Tensor:
+    """(S, tokens, …) as (S, chunks, C, …)."""
     # Zeros at the end change nothing: keys of 0, and no query to see them.
-    tokens = torch.nn.functional.pad(tokens, (0, 0, 0, -tokens.shape[1] % CHUNK))
-    return tokens.unflatten(1, (-1, CHUNK))
+    return F.pad(tokens, (0, 0, 0, -tokens.shape[1] % CHUNK)).unflatten(1, (-1, CHUNK))
 
 
 def _add(output: torch.Tensor, x: torch.Tensor, slab: slice, direction: str) -> None:
