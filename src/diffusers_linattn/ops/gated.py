@@ -198,8 +198,7 @@ def _sum_over_grids(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Weights times values for the grid queries, (B, H, G, V), and to normalize the sums of the weights, (B, H, G, 1).
 
-    Gated inside each grid, ungated across grids. `features` and the `weights`
-    of keys are left to the operator.
+    Gated inside each grid, ungated across grids. `features` and the `weights` of keys are left to the operator.
     """
     sums, counts = [], []
     for segment in layout.grids:
