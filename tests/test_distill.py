@@ -137,8 +137,8 @@ def test_it_learns_saves_and_restores(pipe: Any, samples: Samples, tmp_path: Pat
         pytest.param(signal.SIGINT, 2, None, marks=pytest.mark.weekly),
         (signal.SIGINT, 18, 0.9),  # the very last step
         (signal.SIGTERM, 6, 0.9),  # the last step of a group
-        (signal.SIGTERM, 14, None),
-        ("crash", 3, None),
+        pytest.param(signal.SIGTERM, 14, None, marks=pytest.mark.weekly),
+        pytest.param("crash", 3, None, marks=pytest.mark.weekly),
         ("crash", 9, 0.9),
         pytest.param("crash", 17, None, marks=pytest.mark.weekly),
     ],
