@@ -61,10 +61,10 @@ def choose_configuration(head_dim: int, dtype: torch.dtype, chip: int) -> Config
     if dtype == torch.float32:
         if block <= 64:
             return Configuration(Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 2), Tiles(32, 32, 8, 2))
-        if block == 128 and chip not in SMALL_CHIPS:
-            return Configuration(Tiles(32, 32, 8, 2), Tiles(32, 32, 8, 2), Tiles(32, 32, 8, 2))
         if block == 128:
-            return Configuration(Tiles(32, 16, 8, 1), Tiles(16, 16, 8, 1), Tiles(32, 16, 8, 1))
+            if chip in SMALL_CHIPS:
+                return Configuration(Tiles(32, 16, 8, 1), Tiles(16, 16, 8, 1), Tiles(32, 16, 8, 1))
+            return Configuration(Tiles(32, 32, 8, 2), Tiles(32, 32, 8, 2), Tiles(32, 32, 8, 2))
         keys = Tiles(32, 16, 8, 1) if chip in SMALL_CHIPS else Tiles(32, 16, 8, 2)
         return Configuration(Tiles(32, 16, 8, 2), Tiles(16, 16, 8, 2), keys)
     if block <= 64:

@@ -5,11 +5,8 @@ Letters: B batch, H heads, N tokens, D head_dim, K features per head; G tokens i
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 from diffusers_linattn.kernels.gated_attention import IN_KERNEL_FEATURES, gated_attention_triton
 from diffusers_linattn.kernels.scan_paths import DIRECTIONS, ORDERS, describe_path, scan_path
@@ -28,7 +25,13 @@ from diffusers_linattn.ops.features import FeatureMapArgument, check_features, f
 from diffusers_linattn.ops.gated_choice import choose_impl, why_not_triton
 from diffusers_linattn.ops.gated_chunked import gated_scan
 from diffusers_linattn.ops.gated_fla import fla_scan, load_chunk_gla
-from diffusers_linattn.ops.linear import blend_with_text, text_fits_kernels, text_for_kernels, with_text_queries
+from diffusers_linattn.ops.linear import (
+    blend_with_text,
+    recomputed,
+    text_fits_kernels,
+    text_for_kernels,
+    with_text_queries,
+)
 from diffusers_linattn.ops.masks import KeyMask, reduce_to_key_mask, take
 
 
@@ -170,15 +173,14 @@ def gated_linear_attention(
             elif impl != "chunked" and _blends_in_kernel(query, value, layout, key_mask, feature_map):
                 text = text_for_kernels(key, value, layout, key_mask)
                 grid = blend_text(sums, counts[..., 0], take(query, layout.grids), *text, factor)[0]
-            elif layout.num_text:
+            else:
 
                 def blend(*x: torch.Tensor) -> torch.Tensor:
                     query, key, value, sums, counts = x
                     return blend_with_text(query, key, value, layout, sums, counts, key_mask, scale)
 
-                grid = _recomputed(blend, query, key, value, sums, counts)
-            else:
-                grid = blend_with_text(query, key, value, layout, sums, counts, key_mask, scale)
+                inputs = (query, key, value, sums, counts)
+                grid = recomputed(blend, *inputs) if layout.num_text else blend(*inputs)
         grid = grid if key_mask is None else key_mask.zero_hidden(grid)
     return with_text_queries(grid, query, key, value, layout, mask, scale, dtype)
 
@@ -230,7 +232,7 @@ def _sum_over_grids(
     def others(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         return _sum_over_other_grids(query, key, value, weights, layout, features)
 
-    across = _recomputed(others, phi_q, phi_k, value)
+    across = recomputed(others, phi_q, phi_k, value)
     sums_across, counts_across = across.split([value.shape[-1], 1], -1)
     return torch.cat(sums, 2) + sums_across, torch.cat(counts, 2) + counts_across if normalize else None
 
@@ -254,13 +256,6 @@ def _sum_over_other_grids(
         of_query(take(query, [grid])) @ sum(states[:i] + states[i + 1 :]) for i, grid in enumerate(layout.grids)
     ]
     return torch.cat(outputs, 2)
-
-
-def _recomputed(function: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
-    """`function` of the tensors; the backward pass keeps these alone and calls it again."""
-    if not torch.is_grad_enabled():
-        return function(*tensors)
-    return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
 
 
 def _takes_features(impl: str, feature_map: FeatureMapArgument, layout: TokenLayout, key_mask: KeyMask | None) -> bool:

@@ -10,7 +10,6 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 from diffusers_linattn.layout import TokenLayout
 from diffusers_linattn.ops import reference
@@ -22,6 +21,7 @@ from diffusers_linattn.ops.checks import (
     repeat_heads,
 )
 from diffusers_linattn.ops.features import FeatureMapArgument, check_features, full_precision, resolve_feature_map
+from diffusers_linattn.ops.linear import recomputed
 from diffusers_linattn.ops.local import IMPLS, attend_in_kernel, local_attention
 from diffusers_linattn.ops.local_choice import choose_impl
 from diffusers_linattn.ops.masks import KeyMask, reduce_to_key_mask, take
@@ -155,12 +155,7 @@ def hybrid_attention(
             return (output / total.masked_fill(nothing, 1)).masked_fill(nothing, 0).to(value.dtype)
 
     inputs = (query, key, value, far_weight, *attended)
-    if torch.is_grad_enabled():
-        # Features and sums in fp32 are many times the inputs to keep, and little to compute again.
-        output = checkpoint(add_far, *inputs, use_reentrant=False, preserve_rng_state=False)
-    else:
-        output = add_far(*inputs)
-    return _zero_where_all_is_hidden(output, mask)
+    return _zero_where_all_is_hidden(recomputed(add_far, *inputs), mask)
 
 
 def unit_mean_scale(feature_map: FeatureMapArgument, features: int) -> float:

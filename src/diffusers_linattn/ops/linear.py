@@ -5,6 +5,8 @@ Letters: B batch, H heads, N tokens, D head_dim, K features per head; G tokens i
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
@@ -113,15 +115,10 @@ def linear_attention(
         grid = compute(query, key, value, layout, feature_map, key_mask, scale)
         return (grid if key_mask is None else key_mask.zero_hidden(grid)).to(value.dtype)
 
-    if torch.is_grad_enabled() and not (
-        impl == "triton" and _kernels_do_all(feature_map, grid_query, grid_value, layout)
-    ):
-        # Features in fp32 and products over all tokens are many times the inputs to keep, and little to compute again.
-        grid = checkpoint(
-            of_grid_queries, grid_query, grid_key, grid_value, use_reentrant=False, preserve_rng_state=False
-        )
-    else:
+    if impl == "triton" and _kernels_do_all(feature_map, grid_query, grid_value, layout):
         grid = of_grid_queries(grid_query, grid_key, grid_value)
+    else:
+        grid = recomputed(of_grid_queries, grid_query, grid_key, grid_value)
     return with_text_queries(regroup_heads(grid, query.shape[1]), query, key, value, layout, mask, scale)
 
 
@@ -282,6 +279,16 @@ def blend_with_text(
     softmax = F.scaled_dot_product_attention(query, key, torch.cat([text, null], 2), bias, scale=scale)
     text_sum, text_count, unit = softmax[..., :dim], softmax[..., dim : dim + 1], softmax[..., dim + 1 : dim + 2]
     return (text_sum + numerator * unit) * (text_count + (denominator + reference.EPS) * unit).reciprocal()
+
+
+def recomputed(function: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
+    """`function` of the tensors, which alone are kept for the backward pass; that calls it again.
+
+    Features in fp32 and sums over all tokens are many times the inputs to keep, and little to compute again.
+    """
+    if not torch.is_grad_enabled():
+        return function(*tensors)
+    return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
 
 
 def with_text_queries(

@@ -7,6 +7,7 @@ Memory is quadratic in N (the gated one is a loop over tokens): use these to und
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -36,30 +37,38 @@ def window_mask(
     assert keys.grid is not None
     (qf, qh, qw), (kf, kh, kw) = queries.grid, keys.grid
 
-    (dy, per_row), (dx, per_column) = axis_offsets(qh, kh, device), axis_offsets(qw, kw, device)
-    disc = in_disc(dy[:, None, :, None], dx[None, :, None, :], per_row, per_column, window)  # (qh, qw, kh, kw)
+    disc = in_disc(axis_offsets(qh, kh, device), axis_offsets(qw, kw, device), window)
     frames = torch.ones(qf, kf, dtype=torch.bool, device=device)
     if temporal_window is not None and queries == keys:
-        frames = axis_offsets(qf, kf, device)[0].abs() < temporal_window
+        frames = axis_offsets(qf, kf, device).values.abs() < temporal_window
     visible = frames[:, None, None, :, None, None] & disc[None, :, :, None]
     return visible.reshape(qf * qh * qw, kf * kh * kw)
 
 
-def axis_offsets(num_queries: int, num_keys: int, device: torch.device | str = "cpu") -> tuple[torch.Tensor, int]:
-    """How far queries lie from keys along one axis, fp64 (queries, keys), and how many units of it make a key token.
+class AxisOffsets(NamedTuple):
+    """How far queries lie from keys along one axis, fp64 (queries, keys); so many units of it make a key token."""
+
+    values: torch.Tensor
+    unit: int
+
+
+def axis_offsets(num_queries: int, num_keys: int, device: torch.device | str = "cpu") -> AxisOffsets:
+    """How far the queries of one grid lie from the keys of another along one axis.
 
     The centre of token i lies at (i + 1/2) / size of its picture. Units are such that all offsets are whole numbers:
     in fractions, offsets that add up to the very radius would come out on either side of it.
     """
     queries, keys = (torch.arange(size, device=device, dtype=torch.float64) for size in (num_queries, num_keys))
     if num_queries == num_keys:
-        return queries[:, None] - keys, 1
-    return ((2 * queries + 1) * num_keys - num_queries)[:, None] - 2 * num_queries * keys, 2 * num_queries
+        return AxisOffsets(queries[:, None] - keys, 1)
+    values = ((2 * queries + 1) * num_keys - num_queries)[:, None] - 2 * num_queries * keys
+    return AxisOffsets(values, 2 * num_queries)
 
 
-def in_disc(dy: torch.Tensor, dx: torch.Tensor, per_row: int, per_column: int, window: int) -> torch.Tensor:
-    """Whether offsets of [`axis_offsets`], which broadcast, lie within the radius `window`, strictly."""
-    return (dy * per_column).square() + (dx * per_row).square() < (float(window) * per_row * per_column) ** 2
+def in_disc(rows: AxisOffsets, columns: AxisOffsets, window: int) -> torch.Tensor:
+    """Whether pairs lie within the radius `window`, strictly: bool (rows, columns, key rows, key columns)."""
+    dy, dx = rows.values[:, None, :, None], columns.values[:, None, :]
+    return (dy * columns.unit).square() + (dx * rows.unit).square() < (float(window) * rows.unit * columns.unit) ** 2
 
 
 def local_mask(

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from diffusers_linattn.layout import Segment, TokenLayout
-from diffusers_linattn.ops.reference import axis_offsets, in_disc, mask_bias
+from diffusers_linattn.ops.reference import AxisOffsets, axis_offsets, in_disc, mask_bias
 
 
 # Queries of a tile along y and x. Measured for windows of 8, 16 and 32: larger tiles share more keys between queries,
@@ -72,7 +72,7 @@ class Block:
     tiles: tuple[int, int]
     queries: Box
     keys: tuple[Box, ...]
-    offsets: tuple[tuple[tuple[torch.Tensor, int], tuple[torch.Tensor, int]], ...]
+    offsets: tuple[tuple[AxisOffsets, AxisOffsets], ...]
 
     @property
     def count(self) -> int:
@@ -95,9 +95,8 @@ class Block:
     def bias(self, window: int, num_shared: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """The additive mask (Q, num_shared + K): 0 inside the disc and for shared keys, -inf outside."""
         parts = [torch.ones(self.queries.size, num_shared, dtype=torch.bool)]
-        for box, ((dy, per_row), (dx, per_column)) in zip(self.keys, self.offsets, strict=True):
-            # (tile rows, tile columns, box rows, box columns)
-            disc = in_disc(dy[:, None, :, None], dx[:, None, :], per_row, per_column, window)
+        for box, (rows, columns) in zip(self.keys, self.offsets, strict=True):
+            disc = in_disc(rows, columns, window)
             parts.append(disc.reshape(self.queries.size, 1, -1).expand(-1, box.shape[0], -1).flatten(1))
         return mask_bias(torch.cat(parts, 1).to(device), dtype)
 
@@ -108,8 +107,7 @@ class Span:
 
     queries: slice
     keys: slice
-    offsets: torch.Tensor
-    unit: int
+    offsets: AxisOffsets
 
 
 def _spans(num_queries: int, num_keys: int, window: int) -> list[Span]:
@@ -120,7 +118,7 @@ def _spans(num_queries: int, num_keys: int, window: int) -> list[Span]:
         queries = slice(start, min(start + TILE, num_queries))
         near = (offsets[queries].abs() < float(window) * unit).any(0).nonzero()  # never empty
         keys = slice(int(near[0]), int(near[-1]) + 1)
-        spans.append(Span(queries, keys, offsets[queries, keys], unit))
+        spans.append(Span(queries, keys, AxisOffsets(offsets[queries, keys], unit)))
     return spans
 
 
@@ -128,7 +126,9 @@ def _runs(axis: list[list[Span]]) -> Iterator[list[list[Span]]]:
     """Cut the spans of each grid along one axis into runs of neighbours whose offsets agree in every grid."""
     num_tiles, start = len(axis[0]), 0
     for i in range(1, num_tiles + 1):
-        if i == num_tiles or not all(torch.equal(spans[start].offsets, spans[i].offsets) for spans in axis):
+        if i == num_tiles or not all(
+            torch.equal(spans[start].offsets.values, spans[i].offsets.values) for spans in axis
+        ):
             yield [spans[start:i] for spans in axis]
             start = i
 
@@ -167,8 +167,5 @@ def _block(
         steps = [spans[1].keys.start - spans[0].keys.start if len(spans) > 1 else 1 for spans in (down, right)]
         keys.append(Box(other, frames, down[0].keys, right[0].keys, (steps[0], steps[1])))
     queries = Box(grid, slice(frame, frame + 1), rows[0][0].queries, columns[0][0].queries, (TILE, TILE))
-    offsets = tuple(
-        ((down[0].offsets, down[0].unit), (right[0].offsets, right[0].unit))
-        for down, right in zip(rows, columns, strict=True)
-    )
+    offsets = tuple((down[0].offsets, right[0].offsets) for down, right in zip(rows, columns, strict=True))
     return Block((len(rows[0]), len(columns[0])), queries, tuple(keys), offsets)

@@ -12,6 +12,7 @@ from diffusers.hooks.layer_skip import AttentionScoreSkipFunctionMode
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from diffusers_linattn.layout import Segment, TokenLayout
+from diffusers_linattn.ops.checks import broadcasts
 
 
 @dataclass
@@ -98,8 +99,7 @@ class AnswerAttention(TorchFunctionMode):
         length = max(layout.length for layout in layouts) if layouts else -1
         asking = _asking(layouts[0], self.scope) if len(layouts) == 1 else ()
         queries = sum(segment.length for segment in asking) if asking else length
-        # Not `in (1, len(query))`: Dynamo finds no number in a tuple that holds it as a symbolic size (torch 2.13).
-        of_other_samples = len(layouts) != 1 and len(layouts) != len(query)
+        of_other_samples = not broadcasts(len(layouts), len(query))
         if of_other_samples or query.shape[2] != queries or key.shape[2] != length or dropout_p or is_causal:
             self.passed.append((query.shape[2], key.shape[2]))
             return F.scaled_dot_product_attention(
