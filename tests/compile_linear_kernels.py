@@ -1,6 +1,6 @@
 """Compiles the kernels of linear attention for chips that this machine does not have, and reads what they need.
 
-python tests/compile_linear_kernels.py            # a table: registers, stack, shared memory, asynchronous copies
+python tests/compile_linear_kernels.py            # a table: registers, spills, shared memory, instructions of loops
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 
 from diffusers_linattn.kernels.linear_launches import Launch, block_of, choose_launch
 
-from compiled_kernels import CHIPS, TYPES, Compiled, compile_for
+from compiled_kernels import CHIPS, HEADER, TYPES, Compiled, compile_for
 
 
 # What a training step of each kind launches, by name: the kernel and the constants that differ from the usual ones.
@@ -50,13 +50,22 @@ def launches(head_dim: int) -> list[str]:
     return [*LAUNCHES, *(NARROW_LAUNCHES if head_dim <= 64 else ()), *beside_text]
 
 
-def compile_launch(name: str, head_dim: int, dtype: torch.dtype, chip: int, launch: Launch | None = None) -> Compiled:
-    """Compile one launch for `sm_<chip>`."""
+def compile_launch(
+    name: str,
+    head_dim: int,
+    dtype: torch.dtype,
+    chip: int,
+    launch: Launch | None = None,
+    count: bool = False,
+    **flags: Any,
+) -> Compiled:
+    """Compile one launch for `sm_<chip>`; `flags` override constants of the kernel, such as HAS_BIAS."""
     from diffusers_linattn.kernels import linear_attention_backward as backward
     from diffusers_linattn.kernels import linear_attention_forward as forward
     from diffusers_linattn.kernels import text_blending_passes as blending
 
-    kernel_name, flags = (LAUNCHES | NARROW_LAUNCHES | TEXT_LAUNCHES | BLENDS)[name]
+    kernel_name, own = (LAUNCHES | NARROW_LAUNCHES | TEXT_LAUNCHES | BLENDS)[name]
+    flags = own | flags
     kernel = next(getattr(x, kernel_name) for x in (forward, backward, blending) if hasattr(x, kernel_name))
     block = block_of(head_dim)
     launch = launch or choose_launch(kernel_name, head_dim, dtype, chip, "HAS_TEXT" in flags)
@@ -75,23 +84,24 @@ def compile_launch(name: str, head_dim: int, dtype: torch.dtype, chip: int, laun
         "COUNTED": False,
         "HAS_TEXT": False,
         "HAS_BIAS": True,
+        "RAGGED": True,
         "SPLIT": dtype == torch.bfloat16,
         "PRECISION": "tf32" if dtype == torch.float16 else "ieee",
     }
     types = dict.fromkeys(_FP32 + _FP32_IN.get(kernel_name, ()), "fp32")
-    return compile_for(chip, kernel, constants | flags, dtype, types, head_dim, launch.warps, launch.stages)
+    return compile_for(chip, kernel, constants | flags, dtype, types, head_dim, launch.warps, launch.stages, count)
 
 
 def main() -> None:
     import triton
 
     print(f"triton {triton.__version__}")
-    print("chip dim dtype launch                 regs stack spills in loop  shared async")
+    print(f"chip dim dtype launch                 {HEADER}")
     sizes = [(128, torch.bfloat16), (72, torch.float16), (576, torch.bfloat16), (64, torch.bfloat16)]
     for chip in [int(x) for x in sys.argv[1:]] or CHIPS:
         for head_dim, dtype in sizes:
             for name in launches(head_dim):
-                result = compile_launch(name, head_dim, dtype, chip)
+                result = compile_launch(name, head_dim, dtype, chip, count=True, HAS_BIAS=False, RAGGED=False)
                 print(f"{chip:4} {head_dim:3} {TYPES[dtype]:5} {name:22} {result}", flush=True)
 
 

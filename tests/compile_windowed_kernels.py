@@ -1,6 +1,6 @@
 """Compiles the kernels of windowed attention for chips that this machine does not have, and reads what they need.
 
-python tests/compile_windowed_kernels.py            # a table: registers, stack, shared memory, asynchronous copies
+python tests/compile_windowed_kernels.py            # a table: registers, spills, shared memory, instructions of loops
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 
 from diffusers_linattn.kernels.tile_configurations import FAMILIES, Tiles, block_dim, choose_configuration
 
-from compiled_kernels import CHIPS, TYPES, Compiled, compile_for
+from compiled_kernels import CHIPS, HEADER, TYPES, Compiled, compile_for
 
 
 _TYPES = {
@@ -33,7 +33,14 @@ def launches(head_dim: int, dtype: torch.dtype, chip: int) -> dict[str, Tiles]:
 
 
 def compile_kernel(
-    name: str, tiles: Tiles, head_dim: int, dtype: torch.dtype, chip: int, family: str = "picture", **flags: Any
+    name: str,
+    tiles: Tiles,
+    head_dim: int,
+    dtype: torch.dtype,
+    chip: int,
+    family: str = "picture",
+    count: bool = False,
+    **flags: Any,
 ) -> Compiled:
     """Compile one kernel for `sm_<chip>`; `flags` override constants of the kernel, such as HAS_BIAS."""
     from diffusers_linattn.kernels import local_attention_forward, local_attention_key_gradients
@@ -49,7 +56,6 @@ def compile_kernel(
     constants: dict[str, Any] = {
         "HEAD_DIM": head_dim,
         "BLOCK_DIM": block_dim(head_dim),
-        "ISOTROPIC": True,
         "TIMED": False,
         "HAS_BIAS": False,
         "HAS_POOLED": False,
@@ -57,19 +63,19 @@ def compile_kernel(
     }
     for side, shape in (("QUERY", queries), ("KEY", keys)):
         constants |= dict(zip((f"{side}_FRAMES", f"{side}_ROWS", f"{side}_COLUMNS"), shape, strict=True))
-    return compile_for(chip, kernel, constants | flags, dtype, _TYPES, head_dim, tiles.warps, tiles.stages)
+    return compile_for(chip, kernel, constants | flags, dtype, _TYPES, head_dim, tiles.warps, tiles.stages, count)
 
 
 def main() -> None:
     import triton
 
     print(f"triton {triton.__version__}")
-    print("chip dim dtype kernel                 owner x other warps stages  regs stack spills in loop  shared async")
+    print(f"chip dim dtype kernel                 owner x other warps stages  {HEADER}")
     for chip in CHIPS:
         for head_dim in (64, 128):
             for dtype in (torch.bfloat16, torch.float16):
                 for name, tiles in launches(head_dim, dtype, chip).items():
-                    result = compile_kernel(name, tiles, head_dim, dtype, chip)
+                    result = compile_kernel(name, tiles, head_dim, dtype, chip, count=True)
                     print(
                         f"{chip:4} {head_dim:3} {TYPES[dtype]:5} {name:22} {tiles.owner:5} x {tiles.other:5}"
                         f" {tiles.warps:5} {tiles.stages:6}  {result}",

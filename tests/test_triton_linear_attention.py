@@ -59,6 +59,18 @@ def test_feature_maps(dtype, feature_map, name):
     check(LAYOUTS[name], dtype, feature_map=feature_map)
 
 
+@pytest.mark.parametrize("feature_map", ["relu", "softmax"])
+@pytest.mark.parametrize("text", [32, 64])
+def test_text_of_whole_blocks(text, feature_map):
+    check(TokenLayout.joint(text=text, grid=(1, 9, 10)), feature_map=feature_map)
+
+
+@pytest.mark.parametrize("feature_map", ["relu", "softmax"])
+@pytest.mark.parametrize("scale", [-0.5, 0.0])
+def test_scales_that_are_not_positive(scale, feature_map):
+    check(LAYOUTS["77 text first"], feature_map=feature_map, scale=scale)
+
+
 @pytest.mark.parametrize("name", ["odd grid", "77 text first"])
 def test_learned_feature_map(name):
     layout = LAYOUTS[name]

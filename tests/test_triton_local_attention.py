@@ -63,9 +63,35 @@ def test_half_precision_pooled_keys_and_batch(layout, dtype):
     check(layout, dtype, batch=2, window=3, pooled=5, scale=0.1)
 
 
-@pytest.mark.parametrize("window", [1, 30])
+@pytest.mark.parametrize("window", [1, 30, 10**7])
 def test_windows_of_one_token_and_of_everything(window):
     check(SMALL["odd"], torch.float32, window=window)
+
+
+@pytest.mark.parametrize("scale", [-0.5, 0.0, 1e-12])
+@pytest.mark.parametrize("mask", [None, "keys"])
+def test_scales_that_are_not_positive_or_tiny(scale, mask):
+    check(SMALL["odd"], torch.float32, window=3, pooled=5, scale=scale, mask=mask)
+
+
+@pytest.mark.parametrize("text", [77, 128])
+def test_texts_that_are_whole_tiles_rows_and_tokens(text):
+    layout = TokenLayout.of([("text", text), ("image", (1, 9, 10)), ("text", 13)])
+    check(layout, torch.float32, window=3, mask="keys")
+
+
+def test_long_rows():
+    """Positions at which the squares of distances are no longer exact, beside text that is never far away."""
+    check(TokenLayout.joint(text=5, grid=(1, 1, 5000)), torch.float32, window=3)
+
+
+def test_nan_stays():
+    layout = SMALL["odd"]
+    tensors = make_inputs(layout, torch.float32, heads=1)
+    tensors[0][:, :, 40, 0] = float("nan")
+    with torch.no_grad():
+        out = local_attention(*tensors[:3], layout, window=3, impl="triton")
+    assert out.isnan().any(-1).nonzero()[:, 2].tolist() == [40]
 
 
 @pytest.mark.parametrize("form", ["keys", "additive", "additive, keys apart", "all keys hidden"])
@@ -78,8 +104,12 @@ def test_the_lowest_number_of_a_mask_hides(mask_dtype):
     check_lowest_numbers("triton", torch.float16, mask_dtype)
 
 
-def test_hidden_rows_are_zero():
-    layout = SMALL["small"]
+@pytest.mark.parametrize(
+    "layout",
+    [SMALL["small"], TokenLayout.joint(text=5, grid=(1, 12, 6), references=[(1, 4, 3)])],
+    ids=["", "references"],
+)
+def test_hidden_rows_are_zero(layout):
     mask = make_mask("all keys hidden", layout, 1, torch.float32)
     out, *grads = run(
         local_attention, make_inputs(layout, torch.float32, heads=1), layout, window=3, mask=mask, impl="triton"

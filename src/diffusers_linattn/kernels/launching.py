@@ -14,6 +14,9 @@ import torch
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LOG2_E = math.log2(math.e)
+# Without a mask, kernels multiply scores by the scale after they have taken their maximum, and hidden some with large
+# negative numbers. For smaller scales, and negative ones, they get a mask of zeros.
+SMALLEST_SCALE = 1e-10
 
 # Chips with 99 KB of shared memory per block: consumer cards. The others have 163 KB (sm_80) or 227 KB.
 SMALL_CHIPS = (86, 87, 89, 120, 121)

@@ -23,7 +23,6 @@ from diffusers_linattn.kernels.linear_blocks import (
     store_block,
     through_features,
 )
-from diffusers_linattn.kernels.local_attention_forward import load_bias
 
 
 @triton.jit(do_not_specialize=["heads", "num_tokens", "num_text", "share"])
@@ -81,6 +80,7 @@ def feature_gradient_kernel(
     WEIGHTED: tl.constexpr,
     HAS_TEXT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    RAGGED: tl.constexpr,
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -159,7 +159,7 @@ def feature_gradient_kernel(
             g = load_block(grad, token0, stride_gn, valid, channel, COLUMNS)
             acc = add_text_to_query_gradient(
                 acc, q, g, sums, products, text_key, text_value, text_bias, stride_tkn, stride_tvn, feature, channel,
-                scale, log2_scale, num_text, FEATURES, COLUMNS, BLOCK_T, HAS_BIAS, PRECISION,
+                scale, log2_scale, num_text, FEATURES, COLUMNS, BLOCK_T, HAS_BIAS, RAGGED, PRECISION,
             )  # fmt: skip
         store_block(dquery, token0, stride_dn, acc, valid, feature, FEATURES)
 
@@ -185,6 +185,7 @@ def add_text_to_query_gradient(
     COLUMNS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    RAGGED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Add to acc (M, features) what the text gives to the queries' gradient: `sums` are the base-2 logarithms of their
@@ -192,10 +193,13 @@ def add_text_to_query_gradient(
     text = tl.arange(0, BLOCK_T)
     for text0 in range(0, num_text, BLOCK_T):
         there = text0 + text < num_text
-        k = load_block(text_key, text0, stride_tkn, there, feature, FEATURES)
-        v = load_block(text_value, text0, stride_tvn, there, channel, COLUMNS)
-        added = load_bias(text_bias + text0 + text, there, HAS_BIAS)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * log2_scale + added[None, :]
+        k = load_block(text_key, text0, stride_tkn, there, feature, FEATURES, RAGGED)
+        v = load_block(text_value, text0, stride_tvn, there, channel, COLUMNS, RAGGED)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * log2_scale
+        if HAS_BIAS:
+            scores += tl.load(text_bias + text0 + text, mask=there, other=float("-inf"))[None, :]
+        elif RAGGED:
+            scores = tl.where(there[None, :], scores, float("-inf"))
         p = tl.exp2(scores - sums[:, None])
         dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
         ds = p * (dp - products[:, None]) * scale
@@ -331,26 +335,34 @@ def text_gradients_kernel(
     there = text < num_text
     k = load_block(text_key, text0, stride_tkn, there, feature, FEATURES)
     v = load_block(text_value, text0, stride_tvn, there, column, COLUMNS)
-    added = load_bias(text_bias + batch * stride_bb + head * stride_bh + text, there, HAS_BIAS)
+    bias = 0.0
+    if HAS_BIAS:
+        bias = tl.load(text_bias + batch * stride_bb + head * stride_bh + text, mask=there, other=0.0)[:, None]
 
     dk = tl.zeros([BLOCK_T, BLOCK_K], dtype=tl.float32)
     dv = tl.zeros([BLOCK_T, BLOCK_V], dtype=tl.float32)
     first = tl.program_id(1) * share
     last = tl.minimum(first + share, num_tokens)
     token = tl.arange(0, BLOCK_M)
-    for token0 in range(first, last, BLOCK_M):
-        valid = token0 + token < last
-        q = load_block(query, token0, stride_qn, valid, feature, FEATURES)
-        g = load_block(grad, token0, stride_gn, valid, column, COLUMNS)
-        # Queries that are not there have weight 0.
-        sums = tl.load(lse + numbers + token0 + token, mask=valid, other=float("inf"))
-        products = -tl.load(minus_delta + numbers + token0 + token, mask=valid, other=0.0)
-        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * log2_scale + added[:, None]
-        p = tl.exp2(scores - sums[None, :])
-        dv = tl.dot(p.to(g.dtype), g, dv, input_precision=PRECISION)
-        dp = tl.dot(v, tl.trans(g), input_precision=PRECISION)
-        ds = p * (dp - products[None, :])
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    whole = first + (last - first) // BLOCK_M * BLOCK_M
+    for CUT in tl.static_range(2):
+        for token0 in range(whole if CUT else first, last if CUT else whole, BLOCK_M):
+            valid = token0 + token < last
+            q = load_block(query, token0, stride_qn, valid, feature, FEATURES, CUT)
+            g = load_block(grad, token0, stride_gn, valid, column, COLUMNS, CUT)
+            # Numbers of the block's first query for those that are not there, whose weight is 0.
+            number = numbers + token0 + (tl.where(valid, token, 0) if CUT else token)
+            scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * log2_scale
+            if HAS_BIAS:
+                scores += bias
+            scores -= tl.load(lse + number)[None, :]
+            if CUT:
+                scores = tl.where(valid[None, :], scores, float("-inf"))
+            p = tl.exp2(scores)
+            dv = tl.dot(p.to(g.dtype), g, dv, input_precision=PRECISION)
+            dp = tl.dot(v, tl.trans(g), input_precision=PRECISION)
+            ds = p * (dp + tl.load(minus_delta + number)[None, :])
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
 
     place = tl.program_id(1).to(tl.int64) * tl.num_programs(2) + tl.program_id(2)
     dkey += place * num_text * FEATURES

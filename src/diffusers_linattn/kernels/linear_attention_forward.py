@@ -24,7 +24,7 @@ from diffusers_linattn.kernels.linear_blocks import (
     store_block,
     weigh,
 )
-from diffusers_linattn.kernels.local_attention_forward import attend, load_bias
+from diffusers_linattn.kernels.local_attention_forward import attend
 
 
 @triton.jit(do_not_specialize=["heads", "num_tokens", "share"])
@@ -147,6 +147,7 @@ def product_kernel(
     WEIGHTED: tl.constexpr,
     HAS_TEXT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    RAGGED: tl.constexpr,
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -203,7 +204,7 @@ def product_kernel(
                 q = load_block(query, token0, stride_qn, valid, channel, FEATURES)
                 acc, total, peak = add_text(
                     acc, total, q, text_key, text_value, text_bias, stride_tkn, stride_tvn, channel, column,
-                    log2_scale, num_text, FEATURES, COLUMNS, BLOCK_T, HAS_BIAS, PRECISION,
+                    log2_scale, num_text, FEATURES, COLUMNS, BLOCK_T, HAS_BIAS, RAGGED, PRECISION,
                 )  # fmt: skip
             acc = acc * (1.0 / total)[:, None]
             tl.store(lse + token0 + token, peak + tl.log2(total), mask=valid & (token >= tl.program_id(0) * BLOCK_M))
@@ -230,6 +231,7 @@ def add_text(
     COLUMNS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    RAGGED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Add the text to sums of values (M, columns) and of their weights (M,), in units of the null score's weight.
@@ -240,8 +242,11 @@ def add_text(
     peak = tl.zeros_like(total)
     for text0 in range(0, num_text, BLOCK_T):
         there = text0 + text < num_text
-        k = load_block(text_key, text0, stride_tkn, there, feature, FEATURES)
-        v = load_block(text_value, text0, stride_tvn, there, column, COLUMNS)
-        added = load_bias(text_bias + text0 + text, there, HAS_BIAS)
-        acc, total, peak = attend(acc, total, peak, q, k, v, log2_scale, added, PRECISION, None, False)
+        k = load_block(text_key, text0, stride_tkn, there, feature, FEATURES, RAGGED)
+        v = load_block(text_value, text0, stride_tvn, there, column, COLUMNS, RAGGED)
+        bias, room = 0.0, tl.where(there, float("inf"), float("-inf"))[None, :]
+        if HAS_BIAS:
+            bias = tl.load(text_bias + text0 + text, mask=there, other=float("-inf"))[None, :]
+        CUT: tl.constexpr = RAGGED and not HAS_BIAS
+        acc, total, peak = attend(acc, total, peak, q, k, v, log2_scale, bias, room, HAS_BIAS, CUT, PRECISION)
     return acc, total, peak

@@ -23,11 +23,19 @@ def existing(valid, channel, SIZE: tl.constexpr):
 
 
 @triton.jit
-def load_block(pointer, token0, stride, valid, channel, SIZE: tl.constexpr):
-    """(M, BLOCK) of the tokens from `token0` on, 0 where a token or a channel does not exist."""
+def load_block(pointer, token0, stride, valid, channel, SIZE: tl.constexpr, MASKED: tl.constexpr = True):
+    """(M, BLOCK) of the tokens from `token0` on, 0 where a token or a channel does not exist.
+
+    Without MASKED all tokens do.
+    """
     token = tl.arange(0, valid.shape[0])
     pointers = pointer + tl.cast(token0, tl.int64) * stride + token[:, None] * stride + channel[None, :]
-    return tl.load(pointers, mask=existing(valid, channel, SIZE), other=0.0)
+    if MASKED:
+        return tl.load(pointers, mask=existing(valid, channel, SIZE), other=0.0)
+    BLOCK: tl.constexpr = channel.shape[0]
+    if SIZE // BLOCK * BLOCK == SIZE:
+        return tl.load(pointers)
+    return tl.load(pointers, mask=(channel < SIZE)[None, :], other=0.0)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from diffusers_linattn.kernels.launching import LOG2_E, adjacent, chip_of, fp32_precision, run_kernel
+from diffusers_linattn.kernels.launching import LOG2_E, SMALLEST_SCALE, adjacent, chip_of, fp32_precision, run_kernel
 from diffusers_linattn.kernels.linear_launches import Launch, block_of, choose_launch, share_tokens
 
 
@@ -63,13 +63,16 @@ class Call:
         self.feature_blocks, self.column_blocks = (-(-n // b) for n, b in zip(self.sides, self.blocks, strict=True))
         self.weights = None if weights is None else weights.contiguous().expand(*tokens.shape[:2], -1)
         self.text: dict[str, torch.Tensor] = {}
-        self.num_text, self.has_bias = 0, text_bias is not None
+        self.num_text, self.has_bias = 0, False
         if text_key is not None and text_value is not None:
             self.text, self.num_text = (
                 {"text_key": adjacent(text_key), "text_value": adjacent(text_value)},
                 text_key.shape[2],
             )
+            if text_bias is None and scale < SMALLEST_SCALE:
+                text_bias = text_key.new_zeros(1, 1, self.num_text, dtype=torch.float32)
             if text_bias is not None:
+                self.has_bias = True
                 self.text["text_bias"] = (text_bias * LOG2_E).contiguous().expand(*tokens.shape[:2], -1)
         self.scale, self.feature_map = scale, feature_map
         # fp16 is multiplied in fp32, for its range: tf32 has all its digits.
@@ -150,6 +153,7 @@ class Call:
             "COUNTED": given.get("counts") is not None,
             "HAS_TEXT": self.num_text > 0,
             "HAS_BIAS": self.has_bias,
+            "RAGGED": self.num_text % launch.text > 0,
             # Products with the state in the tokens' own dtype, the state in two summands; fp16 has not the range.
             "SPLIT": self.tokens.dtype == torch.bfloat16,
             "PRECISION": self.precision,

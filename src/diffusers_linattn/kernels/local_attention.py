@@ -16,6 +16,7 @@ import torch
 
 from diffusers_linattn.kernels.launching import (
     LOG2_E,
+    SMALLEST_SCALE,
     adjacent,
     chip_of,
     empty_like,
@@ -74,7 +75,7 @@ def local_attention_triton(
         [*call.tensors, call.bias, out, lse, *_tables(lists, query.device)],
         [*call.strides, *strides_of(out)],
         [scale * LOG2_E, *call.sizes, len(lists.visited), lists.text_items, len(lists.items)],
-        [*call.dims, *queries, *keys, lists.isotropic, queries[0] * keys[0] > 1 and temporal_window is not None],
+        [*call.dims, *queries, *keys, queries[0] * keys[0] > 1 and temporal_window is not None],
         [call.has_bias, call.num_pooled > 0, call.precision],
     )
     return out, lse
@@ -124,7 +125,7 @@ def local_attention_triton_backward(
         [*call.tensors, call.bias, out, grad, lse, delta, dquery, *_tables(lists, query.device)],
         [*call.strides, *strides_of(out), *strides_of(grad), *strides_of(dquery)],
         [scale, scale * LOG2_E, *call.sizes, len(lists.visited), lists.text_items, len(lists.items)],
-        [*call.dims, *queries, *keys, lists.isotropic, queries[0] * keys[0] > 1 and temporal_window is not None],
+        [*call.dims, *queries, *keys, queries[0] * keys[0] > 1 and temporal_window is not None],
         [call.has_bias, call.num_pooled > 0, call.precision],
     )
     _, key, value, pooled_key, pooled_value = call.tensors
@@ -180,6 +181,8 @@ class _Call:
         temporal_window: int | None,
         scale: float,
     ) -> None:
+        if mask is None and scale < SMALLEST_SCALE:
+            mask = query.new_zeros(1, 1, 1, query.shape[2], dtype=torch.float32)
         self.tensors = [adjacent(x) for x in (query, key, value, pooled_key, pooled_value)]
         self.window = (TokenLayout.decode(layout), window, temporal_window)
         _check_reach(self.window[0], max(x.stride(2) for x in self.tensors))
@@ -230,7 +233,7 @@ class _Call:
             [*inputs, *_tables(lists, query.device)],
             [*strides, *strides_of(grad), *strides_of(dkey), *strides_of(dvalue)],
             [self.scale, self.scale * LOG2_E, heads, query.shape[1] // heads, query.shape[2]],
-            [len(lists.visited), lists.slots, *self.dims, *keys, *queries, lists.isotropic],
+            [len(lists.visited), lists.slots, *self.dims, *keys, *queries],
             [queries[0] * keys[0] > 1 and temporal_window is not None, has_bias, self.precision],
         )
         if lists.slots:

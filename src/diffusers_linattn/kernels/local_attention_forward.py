@@ -13,18 +13,18 @@ import triton.language as tl
 
 from diffusers_linattn.kernels.head_offsets import head_offset
 from diffusers_linattn.kernels.tile_addressing import (
-    in_window,
     item_and_head,
     key_position,
-    load_place,
     load_rows,
     load_runs,
     load_scales,
     load_segment,
     own_tile,
     query_position,
+    room_in_window,
     store_rows,
     tile_coordinates,
+    unpack_place,
 )
 
 
@@ -40,26 +40,27 @@ SIZES = (
     "num_items",
 )
 
-# Below every score, and finite: a difference of two is not NaN.
-_LOWEST = tl.constexpr(-1.0e30)
+# Below every score and above all that `room_in_window` hides; finite: a difference of two is not NaN.
+_LOWEST = tl.constexpr(-1.0e16)
 
 
 @triton.jit
-def load_bias(pointers, there, HAS_BIAS: tl.constexpr):
-    """What is added to the scores of keys: the mask's or 0, and -inf for keys that do not exist."""
+def attend(
+    acc, total, peak, q, k, v, scale, bias, room, HAS_BIAS: tl.constexpr, CUT: tl.constexpr, PRECISION: tl.constexpr
+):
+    """One step of the online softmax over N keys.
+
+    acc is (M, D), total and peak (M,), bias (1, N) is added to the scores; with CUT, room (M, N) or (1, N) bounds them
+    from above, see `room_in_window`. Without a bias the scale has to be positive.
+    """
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if HAS_BIAS:
-        return tl.load(pointers, mask=there, other=float("-inf"))
-    return tl.where(there, 0.0, float("-inf"))
-
-
-@triton.jit
-def attend(acc, total, peak, q, k, v, scale, column, PRECISION: tl.constexpr, visible, CUT: tl.constexpr):
-    """One step of the online softmax over N keys. acc (M, D), total and peak (M,), column (N,) is added to scores."""
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + column[None, :]
+        scores = scores * scale + bias
+        scale = 1.0
     if CUT:
-        scores = tl.where(visible, scores, float("-inf"))
-    new_peak = tl.maximum(peak, tl.max(scores, 1))
-    weights = tl.exp2(scores - new_peak[:, None])
+        scores = tl.minimum(scores, room, propagate_nan=tl.PropagateNan.ALL)
+    new_peak = tl.maximum(peak, tl.max(scores, 1) * scale)
+    weights = tl.exp2(scores * scale - new_peak[:, None])  # one instruction before the power
     shrink = tl.exp2(peak - new_peak)
     total = total * shrink + tl.sum(weights, 1)
     acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
@@ -93,12 +94,11 @@ def _attend_tiles(
     KEY_ROWS: tl.constexpr,
     KEY_COLUMNS: tl.constexpr,
     CUT: tl.constexpr,
-    ISOTROPIC: tl.constexpr,
     TIMED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The tiles of entries `first` to `last`, all of one segment."""
+    """The tiles of entries `first` to `last`, all of one segment; with CUT not all pairs of them see each other."""
     start, stop, frame_tokens, row_tokens, height, width = load_segment(key_segments, segment)
     frame, row, column = tile_coordinates(KEY_FRAMES, KEY_ROWS, KEY_COLUMNS)
     dim = tl.arange(0, BLOCK_DIM)
@@ -107,31 +107,35 @@ def _attend_tiles(
     value_offsets = token[:, None] * stride_vn + dim[None, :]
     denominator_y, denominator_x = tl.load(pair + 1), tl.load(pair + 4)
     row_unit, column_unit, frames, limit = load_scales(pair)
+    place = tl.load(places + first)  # one ahead: where a tile lies has to be known before its loads can start
     for i in range(first, last):
-        frame0, row0, column0 = load_place(places, i)
+        frame0, row0, column0 = unpack_place(place)
+        place = tl.load(places + i + 1)
         token0 = start + frame0 * frame_tokens + row0 * row_tokens + column0
-        valid = (row0 + row < height) & (column0 + column < width) & (token0 + token < stop)
-        k = load_rows(key + token0.to(tl.int64) * stride_kn + key_offsets, valid, HEAD_DIM, BLOCK_DIM)
-        v = load_rows(value + token0.to(tl.int64) * stride_vn + value_offsets, valid, HEAD_DIM, BLOCK_DIM)
-        added = load_bias(bias + token0 + token, valid, HAS_BIAS)
+        in_rows, in_columns = row < height - row0, column < width - column0
+        if KEY_FRAMES > 1:
+            in_rows &= token < stop - token0
+        there = in_rows & in_columns
+        k = load_rows(key + token0.to(tl.int64) * stride_kn + key_offsets, there, HEAD_DIM, BLOCK_DIM, CUT)
+        v = load_rows(value + token0.to(tl.int64) * stride_vn + value_offsets, there, HEAD_DIM, BLOCK_DIM, CUT)
+        added = 0.0
+        if HAS_BIAS:
+            added = tl.load(bias + token0 + token, mask=there, other=0.0)[None, :]
+        room = 0.0
         if CUT:
-            visible = in_window(
-                query_row[:, None],
-                key_position(row0 + row, denominator_y)[None, :],
-                query_column[:, None],
-                key_position(column0 + column, denominator_x)[None, :],
-                query_frame[:, None],
-                (frame0 + frame)[None, :],
+            key_row = tl.where(in_rows, key_position(row, denominator_y), float("inf"))
+            key_column = tl.where(in_columns, key_position(column, denominator_x), float("inf"))
+            room = room_in_window(
+                (query_row - key_position(row0, denominator_y))[:, None] - key_row[None, :],
+                (query_column - key_position(column0, denominator_x))[:, None] - key_column[None, :],
+                query_frame[:, None] - (frame0 + frame)[None, :],
                 row_unit,
                 column_unit,
                 frames,
                 limit,
-                ISOTROPIC,
                 TIMED,
             )
-            acc, total, peak = attend(acc, total, peak, q, k, v, scale, added, PRECISION, visible, True)
-        else:
-            acc, total, peak = attend(acc, total, peak, q, k, v, scale, added, PRECISION, None, False)
+        acc, total, peak = attend(acc, total, peak, q, k, v, scale, added, room, HAS_BIAS, CUT, PRECISION)
     return acc, total, peak
 
 
@@ -188,7 +192,6 @@ def forward_kernel(
     KEY_FRAMES: tl.constexpr,
     KEY_ROWS: tl.constexpr,
     KEY_COLUMNS: tl.constexpr,
-    ISOTROPIC: tl.constexpr,
     TIMED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_POOLED: tl.constexpr,
@@ -254,7 +257,6 @@ def forward_kernel(
                 KEY_ROWS,
                 KEY_COLUMNS,
                 CUT == 1,
-                ISOTROPIC,
                 TIMED,
                 HAS_BIAS,
                 PRECISION,
@@ -264,14 +266,17 @@ def forward_kernel(
         pooled_key += head_offset(batch, head // pooled_groups, stride_pkb, stride_pkh, HEAD_DIM)
         pooled_value += head_offset(batch, head // pooled_groups, stride_pvb, stride_pvh, HEAD_DIM)
         cell = tl.arange(0, BLOCK_N)
-        for i in range(0, tl.cdiv(num_pooled, BLOCK_N) * is_grid):
-            there = i * BLOCK_N + cell < num_pooled
-            k_pointers = pooled_key + i * BLOCK_N * stride_pkn + cell[:, None] * stride_pkn + dim[None, :]
-            v_pointers = pooled_value + i * BLOCK_N * stride_pvn + cell[:, None] * stride_pvn + dim[None, :]
-            k = load_rows(k_pointers, there, HEAD_DIM, BLOCK_DIM)
-            v = load_rows(v_pointers, there, HEAD_DIM, BLOCK_DIM)
-            added = tl.where(there, 0.0, float("-inf"))
-            acc, total, peak = attend(acc, total, peak, q, k, v, scale, added, PRECISION, None, False)
+        blocks = tl.cdiv(num_pooled, BLOCK_N) * is_grid
+        whole = num_pooled // BLOCK_N * is_grid
+        for CUT in tl.static_range(2):
+            for i in range(whole if CUT else 0, blocks if CUT else whole):
+                there = i * BLOCK_N + cell < num_pooled
+                k_pointers = pooled_key + i * BLOCK_N * stride_pkn + cell[:, None] * stride_pkn + dim[None, :]
+                v_pointers = pooled_value + i * BLOCK_N * stride_pvn + cell[:, None] * stride_pvn + dim[None, :]
+                k = load_rows(k_pointers, there, HEAD_DIM, BLOCK_DIM, CUT)
+                v = load_rows(v_pointers, there, HEAD_DIM, BLOCK_DIM, CUT)
+                room = tl.where(there, float("inf"), float("-inf"))[None, :]
+                acc, total, peak = attend(acc, total, peak, q, k, v, scale, 0.0, room, HAS_BIAS, CUT, PRECISION)
 
     sees = total > 0
     total = tl.where(sees, total, 1.0)

@@ -17,11 +17,8 @@ import triton
 import triton.language as tl
 
 from diffusers_linattn.kernels.head_offsets import head_offset, offset_along
-from diffusers_linattn.kernels.local_attention_forward import load_bias
 from diffusers_linattn.kernels.tile_addressing import (
-    in_window,
     key_position,
-    load_place,
     load_rows,
     load_runs,
     load_scales,
@@ -29,8 +26,10 @@ from diffusers_linattn.kernels.tile_addressing import (
     own_slot,
     own_tile,
     query_position,
+    room_in_window,
     store_rows,
     tile_coordinates,
+    unpack_place,
 )
 
 
@@ -40,7 +39,7 @@ def _key_tiles(
     dv,
     k,
     v,
-    added,
+    bias,
     key_frame,
     key_row,
     key_column,
@@ -63,8 +62,8 @@ def _key_tiles(
     QUERY_ROWS: tl.constexpr,
     QUERY_COLUMNS: tl.constexpr,
     CUT: tl.constexpr,
-    ISOTROPIC: tl.constexpr,
     TIMED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Add the queries of entries `first` to `last`, all of one segment, to the gradients dk, dv (N, D)."""
@@ -77,36 +76,41 @@ def _key_tiles(
     numerator_y, denominator_y = tl.load(pair), tl.load(pair + 1)
     numerator_x, denominator_x = tl.load(pair + 3), tl.load(pair + 4)
     row_unit, column_unit, frames, limit = load_scales(pair)
+    place = tl.load(places + first)
     for i in range(first, last):
-        frame0, row0, column0 = load_place(places, i)
+        frame0, row0, column0 = unpack_place(place)
+        place = tl.load(places + i + 1)
         token0 = start + frame0 * frame_tokens + row0 * row_tokens + column0
-        valid = (row0 + row < height) & (column0 + column < width) & (token0 + token < stop)
-        q = load_rows(query + token0.to(tl.int64) * stride_qn + query_offsets, valid, HEAD_DIM, BLOCK_DIM)
-        # Queries that are not there have weight 0, as those that see nothing.
-        sums = tl.load(lse + token0 + token, mask=valid, other=float("inf"))
-        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale + added[:, None]
+        in_rows, in_columns = row < height - row0, column < width - column0
+        if QUERY_FRAMES > 1:
+            in_rows &= token < stop - token0
+        there = in_rows & in_columns
+        q = load_rows(query + token0.to(tl.int64) * stride_qn + query_offsets, there, HEAD_DIM, BLOCK_DIM, CUT)
+        # Numbers of the tile's first query for those that do not exist: cheaper than a mask, and they get no weight.
+        numbers = token0 + (tl.where(there, token, 0) if CUT else token)
+        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
+        if HAS_BIAS:
+            scores += bias[:, None]
+        scores -= tl.load(lse + numbers)[None, :]
         if CUT:
-            visible = in_window(
-                query_position(row0 + row, numerator_y, denominator_y)[None, :],
-                key_row[:, None],
-                query_position(column0 + column, numerator_x, denominator_x)[None, :],
-                key_column[:, None],
-                (frame0 + frame)[None, :],
-                key_frame[:, None],
+            query_row = tl.where(in_rows, query_position(row, numerator_y, denominator_y), float("inf"))
+            query_column = tl.where(in_columns, query_position(column, numerator_x, denominator_x), float("inf"))
+            room = room_in_window(
+                query_row[None, :] - (key_row - key_position(row0, numerator_y))[:, None],
+                query_column[None, :] - (key_column - key_position(column0, numerator_x))[:, None],
+                (frame0 + frame)[None, :] - key_frame[:, None],
                 row_unit,
                 column_unit,
                 frames,
                 limit,
-                ISOTROPIC,
                 TIMED,
             )
-            scores = tl.where(visible, scores, float("-inf"))
-        weights = tl.exp2(scores - sums[None, :])
-        g = load_rows(dout + token0.to(tl.int64) * stride_gn + dout_offsets, valid, HEAD_DIM, BLOCK_DIM)
+            scores = tl.minimum(scores, room, propagate_nan=tl.PropagateNan.ALL)
+        weights = tl.exp2(scores)
+        g = load_rows(dout + token0.to(tl.int64) * stride_gn + dout_offsets, there, HEAD_DIM, BLOCK_DIM, CUT)
         dv = tl.dot(weights.to(g.dtype), g, dv, input_precision=PRECISION)
         dweights = tl.dot(v, tl.trans(g), input_precision=PRECISION)
-        products = tl.load(delta + token0 + token, mask=valid, other=0.0)
-        dscores = weights * (dweights - products[None, :])
+        dscores = weights * (dweights - tl.load(delta + numbers)[None, :])
         dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
 
@@ -164,7 +168,6 @@ def key_gradients_kernel(
     QUERY_FRAMES: tl.constexpr,
     QUERY_ROWS: tl.constexpr,
     QUERY_COLUMNS: tl.constexpr,
-    ISOTROPIC: tl.constexpr,
     TIMED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -197,8 +200,10 @@ def key_gradients_kernel(
     delta += numbers
     for i in range(groups):
         group = tl.cast(i, tl.int64)
-        biases = bias + batch * stride_bb + (first_head + group) * stride_bh + token0 + token
-        added = load_bias(biases, valid, HAS_BIAS)
+        added = 0.0
+        if HAS_BIAS:
+            biases = bias + batch * stride_bb + (first_head + group) * stride_bh + token0 + token
+            added = tl.load(biases, mask=valid, other=0.0)
         for run in range(first_run, last_run):
             query_segment = tl.load(runs + 4 * run)
             first, cut, last = tl.load(runs + 4 * run + 1), tl.load(runs + 4 * run + 2), tl.load(runs + 4 * run + 3)
@@ -232,8 +237,8 @@ def key_gradients_kernel(
                     QUERY_ROWS,
                     QUERY_COLUMNS,
                     CUT == 1,
-                    ISOTROPIC,
                     TIMED,
+                    HAS_BIAS,
                     PRECISION,
                 )
 

@@ -10,30 +10,47 @@ import triton
 import triton.language as tl
 
 from diffusers_linattn.kernels.head_offsets import head_offset
-from diffusers_linattn.kernels.local_attention_forward import SIZES, load_bias
+from diffusers_linattn.kernels.local_attention_forward import SIZES
 from diffusers_linattn.kernels.tile_addressing import (
-    in_window,
     item_and_head,
     key_position,
-    load_place,
     load_rows,
     load_runs,
     load_scales,
     load_segment,
     own_tile,
     query_position,
+    room_in_window,
     store_rows,
     tile_coordinates,
+    unpack_place,
 )
 
 
 @triton.jit
-def _query_step(dq, q, dout, k, v, lse, delta, scale, column, visible, CUT: tl.constexpr, PRECISION: tl.constexpr):
-    """Add N keys' part to the gradient of the queries, (M, D)."""
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + column[None, :]
+def _query_step(
+    dq,
+    q,
+    dout,
+    k,
+    v,
+    lse,
+    delta,
+    scale,
+    bias,
+    room,
+    HAS_BIAS: tl.constexpr,
+    CUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Add N keys' part to the gradient of the queries, (M, D); bias and room as in `attend`."""
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    if HAS_BIAS:
+        scores += bias
+    scores -= lse[:, None]
     if CUT:
-        scores = tl.where(visible, scores, float("-inf"))
-    weights = tl.exp2(scores - lse[:, None])
+        scores = tl.minimum(scores, room, propagate_nan=tl.PropagateNan.ALL)
+    weights = tl.exp2(scores)
     dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
     dscores = weights * (dweights - delta[:, None])
     return tl.dot(dscores.to(k.dtype), k, dq, input_precision=PRECISION)
@@ -67,7 +84,6 @@ def _query_tiles(
     KEY_ROWS: tl.constexpr,
     KEY_COLUMNS: tl.constexpr,
     CUT: tl.constexpr,
-    ISOTROPIC: tl.constexpr,
     TIMED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -81,31 +97,35 @@ def _query_tiles(
     value_offsets = token[:, None] * stride_vn + dim[None, :]
     denominator_y, denominator_x = tl.load(pair + 1), tl.load(pair + 4)
     row_unit, column_unit, frames, limit = load_scales(pair)
+    place = tl.load(places + first)
     for i in range(first, last):
-        frame0, row0, column0 = load_place(places, i)
+        frame0, row0, column0 = unpack_place(place)
+        place = tl.load(places + i + 1)
         token0 = start + frame0 * frame_tokens + row0 * row_tokens + column0
-        valid = (row0 + row < height) & (column0 + column < width) & (token0 + token < stop)
-        k = load_rows(key + token0.to(tl.int64) * stride_kn + key_offsets, valid, HEAD_DIM, BLOCK_DIM)
-        v = load_rows(value + token0.to(tl.int64) * stride_vn + value_offsets, valid, HEAD_DIM, BLOCK_DIM)
-        added = load_bias(bias + token0 + token, valid, HAS_BIAS)
+        in_rows, in_columns = row < height - row0, column < width - column0
+        if KEY_FRAMES > 1:
+            in_rows &= token < stop - token0
+        there = in_rows & in_columns
+        k = load_rows(key + token0.to(tl.int64) * stride_kn + key_offsets, there, HEAD_DIM, BLOCK_DIM, CUT)
+        v = load_rows(value + token0.to(tl.int64) * stride_vn + value_offsets, there, HEAD_DIM, BLOCK_DIM, CUT)
+        added = 0.0
+        if HAS_BIAS:
+            added = tl.load(bias + token0 + token, mask=there, other=0.0)[None, :]
+        room = 0.0
         if CUT:
-            visible = in_window(
-                query_row[:, None],
-                key_position(row0 + row, denominator_y)[None, :],
-                query_column[:, None],
-                key_position(column0 + column, denominator_x)[None, :],
-                query_frame[:, None],
-                (frame0 + frame)[None, :],
+            key_row = tl.where(in_rows, key_position(row, denominator_y), float("inf"))
+            key_column = tl.where(in_columns, key_position(column, denominator_x), float("inf"))
+            room = room_in_window(
+                (query_row - key_position(row0, denominator_y))[:, None] - key_row[None, :],
+                (query_column - key_position(column0, denominator_x))[:, None] - key_column[None, :],
+                query_frame[:, None] - (frame0 + frame)[None, :],
                 row_unit,
                 column_unit,
                 frames,
                 limit,
-                ISOTROPIC,
                 TIMED,
             )
-            dq = _query_step(dq, q, dout, k, v, lse, delta, scale, added, visible, True, PRECISION)
-        else:
-            dq = _query_step(dq, q, dout, k, v, lse, delta, scale, added, None, False, PRECISION)
+        dq = _query_step(dq, q, dout, k, v, lse, delta, scale, added, room, HAS_BIAS, CUT, PRECISION)
     return dq
 
 
@@ -172,7 +192,6 @@ def query_gradient_kernel(
     KEY_FRAMES: tl.constexpr,
     KEY_ROWS: tl.constexpr,
     KEY_COLUMNS: tl.constexpr,
-    ISOTROPIC: tl.constexpr,
     TIMED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_POOLED: tl.constexpr,
@@ -242,7 +261,6 @@ def query_gradient_kernel(
                 KEY_ROWS,
                 KEY_COLUMNS,
                 CUT == 1,
-                ISOTROPIC,
                 TIMED,
                 HAS_BIAS,
                 PRECISION,
@@ -252,14 +270,17 @@ def query_gradient_kernel(
         pooled_key += head_offset(batch, head // pooled_groups, stride_pkb, stride_pkh, HEAD_DIM)
         pooled_value += head_offset(batch, head // pooled_groups, stride_pvb, stride_pvh, HEAD_DIM)
         cell = tl.arange(0, BLOCK_N)
-        for i in range(0, tl.cdiv(num_pooled, BLOCK_N) * is_grid):
-            there = i * BLOCK_N + cell < num_pooled
-            k_pointers = pooled_key + i * BLOCK_N * stride_pkn + cell[:, None] * stride_pkn + dim[None, :]
-            v_pointers = pooled_value + i * BLOCK_N * stride_pvn + cell[:, None] * stride_pvn + dim[None, :]
-            k = load_rows(k_pointers, there, HEAD_DIM, BLOCK_DIM)
-            v = load_rows(v_pointers, there, HEAD_DIM, BLOCK_DIM)
-            added = tl.where(there, 0.0, float("-inf"))
-            dq = _query_step(dq, q, g, k, v, sums, products, log2_scale, added, None, False, PRECISION)
+        blocks = tl.cdiv(num_pooled, BLOCK_N) * is_grid
+        whole = num_pooled // BLOCK_N * is_grid
+        for CUT in tl.static_range(2):
+            for i in range(whole if CUT else 0, blocks if CUT else whole):
+                there = i * BLOCK_N + cell < num_pooled
+                k_pointers = pooled_key + i * BLOCK_N * stride_pkn + cell[:, None] * stride_pkn + dim[None, :]
+                v_pointers = pooled_value + i * BLOCK_N * stride_pvn + cell[:, None] * stride_pvn + dim[None, :]
+                k = load_rows(k_pointers, there, HEAD_DIM, BLOCK_DIM, CUT)
+                v = load_rows(v_pointers, there, HEAD_DIM, BLOCK_DIM, CUT)
+                room = tl.where(there, float("inf"), float("-inf"))[None, :]
+                dq = _query_step(dq, q, g, k, v, sums, products, log2_scale, 0.0, room, False, CUT, PRECISION)
 
     token0, token, valid, _, _, _ = own_tile(items, item, query_segments, QUERY_FRAMES, QUERY_ROWS, QUERY_COLUMNS)
     dquery += head_offset(batch, head, stride_db, stride_dh, HEAD_DIM) + token0 * stride_dn

@@ -58,6 +58,7 @@ def blend_kernel(
     BLOCK_T: tl.constexpr,
     HAS_TEXT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    RAGGED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Grid (blocks of value columns, shares of `share` tokens, batch * heads).
@@ -89,7 +90,7 @@ def blend_kernel(
             q = load_block(query, token0, stride_qn, valid, feature, FEATURES)
             acc, total, peak = add_text(
                 acc, total, q, text_key, text_value, text_bias, stride_tkn, stride_tvn, feature, column,
-                log2_scale, num_text, FEATURES, COLUMNS, BLOCK_T, HAS_BIAS, PRECISION,
+                log2_scale, num_text, FEATURES, COLUMNS, BLOCK_T, HAS_BIAS, RAGGED, PRECISION,
             )  # fmt: skip
         tl.store(lse + token0 + token, peak + tl.log2(total), mask=valid & (token >= tl.program_id(0) * BLOCK_M))
         store_block(out, token0, stride_on, acc * (1.0 / total)[:, None], valid, column, COLUMNS)
@@ -145,6 +146,7 @@ def blend_gradients_kernel(
     BLOCK_T: tl.constexpr,
     HAS_TEXT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    RAGGED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Grid (1, shares of `share` tokens, batch * heads).
@@ -186,6 +188,7 @@ def blend_gradients_kernel(
             acc = tl.zeros([BLOCK_M, BLOCK_K], dtype=tl.float32)
             acc = add_text_to_query_gradient(
                 acc, q, g, sums, products, text_key, text_value, text_bias, stride_tkn, stride_tvn, feature,
-                tl.arange(0, BLOCK_V), scale, log2_scale, num_text, FEATURES, COLUMNS, BLOCK_T, HAS_BIAS, PRECISION,
+                tl.arange(0, BLOCK_V), scale, log2_scale, num_text, FEATURES, COLUMNS, BLOCK_T, HAS_BIAS, RAGGED,
+                PRECISION,
             )  # fmt: skip
             store_block(dquery, token0, stride_dn, acc, valid, feature, FEATURES)

@@ -13,6 +13,7 @@ from diffusers_linattn.kernels.tile_lists import PLACE_BITS
 
 _BITS = tl.constexpr(PLACE_BITS)
 _MASK = tl.constexpr(2**PLACE_BITS - 1)
+_FAR = tl.constexpr(2.0**80)
 
 
 @triton.jit
@@ -82,19 +83,22 @@ def own_tile(items, index, segments, FRAMES: tl.constexpr, ROWS: tl.constexpr, C
 
 
 @triton.jit
-def load_place(places, index):
+def unpack_place(place):
     """Frame, row and column of a visited tile's first token."""
-    place = tl.load(places + index)
     return (place >> (2 * _BITS)).to(tl.int32), ((place >> _BITS) & _MASK).to(tl.int32), (place & _MASK).to(tl.int32)
 
 
 @triton.jit
-def load_rows(pointers, valid, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
-    """(M, BLOCK_DIM) vectors, 0 where a token or a channel does not exist."""
+def load_rows(pointers, there, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, MASKED: tl.constexpr = True):
+    """(M, BLOCK_DIM) vectors, 0 where a token or a channel does not exist; without MASKED all tokens do."""
+    channels = (tl.arange(0, BLOCK_DIM) < HEAD_DIM)[None, :]
     if HEAD_DIM == BLOCK_DIM:
-        return tl.load(pointers, mask=valid[:, None], other=0.0)
-    dim = tl.arange(0, BLOCK_DIM)
-    return tl.load(pointers, mask=valid[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
+        if MASKED:
+            return tl.load(pointers, mask=there[:, None], other=0.0)
+        return tl.load(pointers)
+    if MASKED:
+        return tl.load(pointers, mask=there[:, None] & channels, other=0.0)
+    return tl.load(pointers, mask=channels, other=0.0)
 
 
 @triton.jit
@@ -106,7 +110,10 @@ def store_rows(pointers, x, valid, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constex
 
 @triton.jit
 def query_position(token, numerator, denominator):
-    """Twice the denominator times the position in the key's grid, an integer in fp32: see `_pair_row`."""
+    """Twice the denominator times the position in the key's grid, an integer in fp32: see `_pair_row`.
+
+    That of `token + start` is `key_position(start, numerator)` more.
+    """
     return (2 * token + 1).to(tl.float32) * numerator - denominator
 
 
@@ -123,26 +130,13 @@ def load_scales(pair):
 
 
 @triton.jit
-def in_window(
-    row_a,
-    row_b,
-    column_a,
-    column_b,
-    frame_a,
-    frame_b,
-    row_unit,
-    column_unit,
-    frames,
-    limit,
-    ISOTROPIC: tl.constexpr,
-    TIMED: tl.constexpr,
-):
-    """Whether a pair of tokens sees each other; the arguments broadcast against each other."""
-    dy, dx = row_a - row_b, column_a - column_b
-    if ISOTROPIC:
-        visible = dy * dy + dx * dx < limit / row_unit
-    else:
-        visible = dy * dy * row_unit + dx * dx * column_unit < limit
+def room_in_window(dy, dx, frames_apart, row_unit, column_unit, frames, limit, TIMED: tl.constexpr):
+    """How far a pair of tokens is from not seeing each other, times 2^80: negative where it does not.
+
+    A number rather than a condition, since a minimum with it costs less than a choice: there are few registers for
+    conditions. Tokens that do not exist are infinitely far away.
+    """
+    room = limit * _FAR - dx * (dx * (column_unit * _FAR)) - dy * (dy * (row_unit * _FAR))
     if TIMED:
-        visible = visible & (tl.abs(frame_a - frame_b).to(tl.float32) < frames)
-    return visible
+        room = tl.minimum(room, (frames - 0.5 - tl.abs(frames_apart).to(tl.float32)) * _FAR)
+    return room

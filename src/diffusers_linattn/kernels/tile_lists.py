@@ -3,12 +3,14 @@
 A tile is a box (frames, rows, columns) of a grid's tokens, read where they lie in raster order. Text is a grid, too,
 one whose tiles are runs of consecutive tokens. A kernel's program gets one *item*, a tile of the side it owns (queries
 in the forward pass, keys for the gradients of keys and values), and walks the item's *runs*: lists of the other side's
-tiles in one segment, first those that lie inside the disc as a whole, which need no test per pair, then those it cuts.
+tiles in one segment, first those that exist and lie inside the disc as a whole, which need no test per pair, then
+those that the disc or the end of the segment cuts.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,8 +24,8 @@ Shape = tuple[int, int, int]  # frames, rows and columns of a tile
 
 # A tile's place (frame, row, column of its first token) travels in one 64-bit integer.
 PLACE_BITS = 21
-# What a segment counts as when its tokens are seen by all and see all.
-_EVERYTHING = 2.0**24
+# The limit of segments that are seen by all and see all. Wider windows count as this wide: kernels multiply the limit.
+_EVERYTHING = 2.0**40
 # Long lists, those of keys that every query sees, are cut for parallelism: not finer than this many tiles, into few
 # enough parts that the partial sums stay small, and not at all where there are that many programs anyway.
 _SHORTEST_PART, _MOST_PARTS, _ENOUGH_TILES = 64, 16, 64
@@ -36,13 +38,12 @@ class TileLists:
     Args:
         items: int32 (items, 8): segment, frame, row, column of the tile; first run, last run + 1; slot for a partial
             result or -1; whether the segment is a grid.
-        runs: int32 (runs, 4): segment visited; first entry, first entry of the tiles the disc cuts, last entry + 1.
-        places: int64 (entries,): the tiles visited, see `PLACE_BITS`.
+        runs: int32 (runs, 4): segment visited; first entry, first entry of the tiles that are cut, last entry + 1.
+        places: int64 (entries + 1,): the tiles visited, see `PLACE_BITS`. Kernels read one ahead.
         owners: int32 (segments, 6): of the items' side: start, stop, tokens per frame, per row, rows, columns.
-        visited: The same of the side that is visited.
+        visited: The same of the side that is visited, its text in pieces, see `_pieces`.
         pairs: fp32 (owner segments * visited segments, 8): how positions are compared, see `_pair_row`.
         text_items: How many items are of segments seen by all; these come first.
-        isotropic: Whether every pair of grids is scaled alike along both axes.
         slots: How many partial results there are, all of the segments without a grid.
         parts: How many of them belong to one tile.
         num_pairs: Token pairs that are computed, padding of tiles included.
@@ -55,7 +56,6 @@ class TileLists:
     visited: torch.Tensor
     pairs: torch.Tensor
     text_items: int
-    isotropic: bool
     slots: int
     parts: int
     num_pairs: int
@@ -98,13 +98,14 @@ def list_tiles(
         owners, visited = [Segment("text", 0, num_pooled)], [segment for segment in segments if segment.grid]
     else:
         owners = visited = segments
+    visited = [piece for segment in visited for piece in _pieces(segment, other)]
     runs = _Runs(visited, other)
     items, slots, parts = [], 0, 0
     for index, segment in enumerate(owners):
         if segment.grid is None:
             whole = [(i, *runs.whole(i)) for i in range(len(visited))]
             tiles = _num_tiles(segment, owner)
-            total = sum(stop - first for _, first, stop in whole)
+            total = sum(stop - first for _, first, _, stop in whole)
             split = 1
             if owners_are_keys:
                 all_tiles = sum(_num_tiles(s, owner) for s in owners if s.grid is None)
@@ -125,7 +126,7 @@ def list_tiles(
         whole = [(i, *runs.whole(i)) for i, text in enumerate(visited) if text.grid is None]
         starts = [(i, runs.extend(places), counts) for i, (places, counts) in lists]
         for tile, place in enumerate(_places(segment, owner)):
-            own = [(i, first, stop, stop) for i, first, stop in whole]
+            own = list(whole)
             for i, start, (inside, cut) in starts:
                 first, middle, last = start + inside[tile], start + cut[tile], start + inside[tile + 1]
                 if first < last:
@@ -137,12 +138,11 @@ def list_tiles(
     return TileLists(
         torch.tensor(items, dtype=torch.int32).reshape(-1, 8),
         torch.tensor(runs.table, dtype=torch.int32).reshape(-1, 4),
-        torch.cat([torch.zeros(0, dtype=torch.int64), *runs.places]),
+        torch.cat([*runs.places, torch.zeros(1, dtype=torch.int64)]),
         torch.tensor([_segment_row(segment, owner) for segment in owners], dtype=torch.int32),
         torch.tensor([_segment_row(segment, other) for segment in visited], dtype=torch.int32),
         torch.tensor(rows, dtype=torch.float32),
         sum(not is_grid for *_, is_grid in items),
-        all(row[1] == row[4] for row in rows),
         slots,
         parts,
         entries * tokens,
@@ -157,7 +157,7 @@ class _Runs:
         self.table: list[tuple[int, int, int, int]] = []
         self.places: list[torch.Tensor] = []
         self.size = 0
-        self._whole: dict[int, tuple[int, int]] = {}
+        self._whole: dict[int, tuple[int, int, int]] = {}
 
     def extend(self, places: torch.Tensor) -> int:
         """Append a list of places and return where it starts."""
@@ -166,11 +166,13 @@ class _Runs:
         self.size += len(places)
         return start
 
-    def whole(self, index: int) -> tuple[int, int]:
-        """First and last + 1 entry of the list of all tiles of a segment; all that see it share this list."""
+    def whole(self, index: int) -> tuple[int, int, int]:
+        """First, first cut and last + 1 entry of the list of all tiles of a segment, which all that see it share."""
         if index not in self._whole:
-            start = self.extend(_pack(_places(self.visited[index], self.shape)))
-            self._whole[index] = (start, self.size)
+            places = _places(self.visited[index], self.shape)
+            fits = _fits(self.visited[index], self.shape, places)
+            start = self.extend(_pack(torch.cat([places[fits], places[~fits]])))
+            self._whole[index] = (start, start + int(fits.sum()), self.size)
         return self._whole[index]
 
     def add(self, runs: Sequence[tuple[int, int, int, int]]) -> tuple[int, int]:
@@ -180,15 +182,27 @@ class _Runs:
         return first, len(self.table)
 
 
-def _cut(whole: Sequence[tuple[int, int, int]], begin: int, end: int) -> list[tuple[int, int, int, int]]:
+def _cut(whole: Sequence[tuple[int, int, int, int]], begin: int, end: int) -> list[tuple[int, int, int, int]]:
     """Entries `begin` to `end` of several whole lists laid end to end, as runs."""
     runs = []
-    for i, first, stop in whole:
-        low, high = max(begin, 0), min(end, stop - first)
+    for i, first, cut, stop in whole:
+        low, high = first + max(begin, 0), min(first + end, stop)
         if low < high:
-            runs.append((i, first + low, first + high, first + high))
+            runs.append((i, low, min(max(low, cut), high), high))
         begin, end = begin - (stop - first), end - (stop - first)
     return runs
+
+
+def _pieces(segment: Segment, shape: Shape) -> list[Segment]:
+    """A text cut into whole tiles, whole rows of a tile and the rest, whichever of them are not empty.
+
+    So the tokens of a tile that exist are a rectangle, as in a grid, which costs the kernels less to test. Tiles of
+    several frames are tested by the number of tokens as well.
+    """
+    if segment.grid is not None or shape[0] > 1:
+        return [segment]
+    ends = [segment.start, *(segment.stop - segment.length % size for size in (shape[1] * shape[2], shape[2], 1))]
+    return [Segment("text", a, b - a) for a, b in itertools.pairwise(ends) if a < b]
 
 
 def _num_tiles(segment: Segment, shape: Shape) -> int:
@@ -206,14 +220,22 @@ def _places(segment: Segment, shape: Shape) -> torch.Tensor:
     return torch.cartesian_prod(*axes)
 
 
+def _fits(segment: Segment, shape: Shape, places: torch.Tensor) -> torch.Tensor:
+    """Whether all tokens of the tiles at these places exist, bool (tiles,)."""
+    if segment.grid is None:
+        return (places[:, 0] // shape[0] + 1) * math.prod(shape) <= segment.length
+    return (places + torch.tensor(shape) <= torch.tensor(segment.grid)).all(1)
+
+
 def _pack(places: torch.Tensor) -> torch.Tensor:
     return (places[:, 0] << 2 * PLACE_BITS) | (places[:, 1] << PLACE_BITS) | places[:, 2]
 
 
 def _segment_row(segment: Segment, shape: Shape) -> list[int]:
     if segment.grid is None:
-        # Tokens lie in the order in which a tile's are counted.
-        return [segment.start, segment.stop, shape[1] * shape[2], shape[2], shape[1], shape[2]]
+        # Tokens lie in the order in which a tile's are counted. A piece of less than a tile: see `_pieces`.
+        rows, columns = min(shape[1], -(-segment.length // shape[2])), min(shape[2], segment.length)
+        return [segment.start, segment.stop, shape[1] * shape[2], shape[2], rows, columns]
     _, height, width = segment.grid
     return [segment.start, segment.stop, height * width, width, height, width]
 
@@ -228,14 +250,17 @@ def _pair_row(owner: Segment, other: Segment, window: int, temporal_window: int 
     """
     query, key = (other, owner) if keys_own else (owner, other)
     if query.grid is None or key.grid is None:
-        return [1.0, 1.0, 0.25, 1.0, 1.0, 0.25, _EVERYTHING, _EVERYTHING]
+        # The owner's tokens count as one place, and those visited as near, so that only what does not exist is hidden.
+        axis = [0.0, 0.0 if keys_own else 1.0, 2.0**-20]
+        return [*axis, *axis, _EVERYTHING, _EVERYTHING]
     row: list[float] = []
     for q, k in zip(query.grid[1:], key.grid[1:], strict=True):
         divisor = math.gcd(q, k)
         row += [k // divisor, q // divisor, 0.25 / (q // divisor) ** 2]
     same = query == key
     frames = temporal_window if same and temporal_window is not None else _EVERYTHING
-    return [*row, frames, window**2 - 0.5 if same else window**2 * (1 - 1e-6)]
+    limit = window**2 - 0.5 if same else window**2 * (1 - 1e-6)
+    return [*row, frames, min(limit, _EVERYTHING)]
 
 
 def _reach(owner: int, other: int, owner_tile: int, other_tile: int, keys_own: bool) -> tuple[torch.Tensor, ...]:
@@ -270,7 +295,9 @@ def _window_lists(
     sizes = zip(owner.grid, other.grid, owner_shape, other_shape, strict=True)
     frames, rows, columns = (_reach(a, b, s, t, keys_own) for a, b, s, t in sizes)
     reach = math.inf if temporal_window is None or owner != other else temporal_window**2
-    places = _places(other, other_shape).reshape(frames[0].shape[1], rows[0].shape[1], columns[0].shape[1], 3)
+    places = _places(other, other_shape)
+    fits = _fits(other, other_shape, places).reshape(frames[0].shape[1], rows[0].shape[1], columns[0].shape[1])
+    places = places.reshape(*fits.shape, 3)
     packed, counts = [], []
     for t in range(len(frames[0])):
         near = (frames[0][t] < reach).nonzero()[:, 0]
@@ -281,6 +308,7 @@ def _window_lists(
             visited = (distance < window**2).expand(-1, len(near), -1, -1)
             farthest = rows[1][y, beside][:, None] + columns[1][:, None, None, :]
             whole = (frames[1][t, near] < reach)[:, None, None] & (farthest < window**2 * (1 - 1e-6))
+            whole = whole & fits[near][:, beside]
             index = visited.nonzero()
             order = torch.argsort(2 * index[:, 0] + ~whole[visited], stable=True)
             tile, i, j, k = index[order].unbind(1)
