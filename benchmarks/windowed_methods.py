@@ -127,9 +127,9 @@ def visited_pairs(layout: TokenLayout, window: int, head_dim: int, dtype: torch.
     """Pairs that each of our kernels computes."""
     chosen = choose_configuration(head_dim, dtype, chip)
     return {
-        "forward": plan(layout, window, None, chosen.forward)[0].num_pairs,
-        "query gradient": plan(layout, window, None, chosen.query_gradient)[0].num_pairs,
-        "key gradients": plan(layout, window, None, chosen.key_gradients, owners_are_keys=True)[0].num_pairs,
+        "forward": plan(layout, window, None, chosen.forward)[1].num_pairs,
+        "query gradient": plan(layout, window, None, chosen.query_gradient)[1].num_pairs,
+        "key gradients": plan(layout, window, None, chosen.key_gradients, owners_are_keys=True)[1].num_pairs,
     }
 
 

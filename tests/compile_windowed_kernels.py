@@ -23,13 +23,19 @@ _TYPES = {
 
 
 def launches(head_dim: int, dtype: torch.dtype, chip: int) -> dict[str, Tiles]:
-    """The launches of one configuration by the name of their kernel."""
+    """The launches of one configuration by the name of their kernel, and the wide ones."""
     chosen = choose_configuration(head_dim, dtype, chip)
-    return {
+    found = {
         "forward_kernel": chosen.forward,
         "query_gradient_kernel": chosen.query_gradient,
         "key_gradients_kernel": chosen.key_gradients,
     }
+    wide = {
+        f"{name}, wide": Tiles(tiles.owner, 2 * tiles.other, tiles.warps, tiles.wide)
+        for name, tiles in found.items()
+        if tiles.wide
+    }
+    return found | wide
 
 
 def compile_kernel(
@@ -50,7 +56,7 @@ def compile_kernel(
         "forward_kernel": local_attention_forward.forward_kernel,
         "query_gradient_kernel": query_gradient.query_gradient_kernel,
         "key_gradients_kernel": local_attention_key_gradients.key_gradients_kernel,
-    }[name]
+    }[name.removesuffix(", wide")]
     owner, other = FAMILIES[family][tiles.owner], FAMILIES[family][tiles.other]
     queries, keys = (other, owner) if name == "key_gradients_kernel" else (owner, other)
     constants: dict[str, Any] = {
@@ -70,14 +76,14 @@ def main() -> None:
     import triton
 
     print(f"triton {triton.__version__}")
-    print(f"chip dim dtype kernel                 owner x other warps stages  {HEADER}")
+    print(f"chip dim dtype kernel                      owner x other warps stages  {HEADER}")
     for chip in CHIPS:
         for head_dim in (64, 128):
             for dtype in (torch.bfloat16, torch.float16):
                 for name, tiles in launches(head_dim, dtype, chip).items():
                     result = compile_kernel(name, tiles, head_dim, dtype, chip, count=True)
                     print(
-                        f"{chip:4} {head_dim:3} {TYPES[dtype]:5} {name:22} {tiles.owner:5} x {tiles.other:5}"
+                        f"{chip:4} {head_dim:3} {TYPES[dtype]:5} {name:27} {tiles.owner:5} x {tiles.other:5}"
                         f" {tiles.warps:5} {tiles.stages:6}  {result}",
                         flush=True,
                     )

@@ -39,6 +39,8 @@ def test_no_spills_and_asynchronous_copies(chip: int, head_dim: int, dtype: torc
 @pytest.mark.parametrize("flags", [{"HAS_BIAS": True}, {"HAS_POOLED": True}, {"TIMED": True}], ids=str)
 def test_variants_fit(flags: dict[str, bool]) -> None:
     for name, tiles in windowed.launches(128, torch.bfloat16, 90).items():
+        if name.endswith("wide"):  # never launched so
+            continue
         result = windowed.compile_kernel(name, tiles, 128, torch.bfloat16, 90, **flags)
         assert result.shared <= CHIPS[90], f"{name}: {result}"
         assert result.loops == result.asynchronous >= 2, f"{name}: {result}"

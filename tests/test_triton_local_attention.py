@@ -44,7 +44,7 @@ SMALL = {
 @pytest.fixture
 def _fresh_plans():
     """For tests that change how plans are made."""
-    caches = (tile_lists.list_tiles, tile_configurations.choose_family, choose_configuration)
+    caches = (tile_lists.list_tiles, tile_configurations.choose_family, tile_configurations.plan, choose_configuration)
     for cache in caches:
         cache.cache_clear()
     yield
@@ -135,12 +135,22 @@ def test_sizes_of_tiles(tiles, monkeypatch):
     check(SMALL["odd"], torch.float32, window=3)
 
 
+@pytest.mark.usefixtures("_fresh_plans")
+def test_wide_tiles(monkeypatch):
+    chosen = Tiles(64, 64, 4, 1, wide=1)
+    monkeypatch.setattr(kernels, "choose_configuration", lambda *_: Configuration(chosen, chosen, chosen))
+    layout = TokenLayout.joint(text=128, grid=(1, 16, 17))
+    assert tile_configurations.plan(layout, 9, None, chosen)[0].other == 128
+    check(layout, torch.float32, window=9)
+    check(layout, torch.float32, window=9, pooled=70)
+
+
 @pytest.mark.parametrize("pooled", [0, 70], ids=["", "pooled"])
 @pytest.mark.usefixtures("_fresh_plans")
 def test_keys_seen_by_all_are_split_over_queries(pooled, monkeypatch):
     monkeypatch.setattr(tile_lists, "_SHORTEST_PART", 2)
     layout = TokenLayout.of([("text", 4), ("image", (1, 11, 12)), ("text", 70)])
-    lists, *_ = tile_configurations.plan(layout, 3, None, Tiles(128, 64, 4, 1), owners_are_keys=True)
+    _, lists, *_ = tile_configurations.plan(layout, 3, None, Tiles(128, 64, 4, 1), owners_are_keys=True)
     assert lists.parts > 1
     check(layout, torch.float32, window=3, pooled=pooled)
 

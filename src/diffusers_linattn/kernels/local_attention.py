@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from diffusers_linattn.kernels.launching import (
     strides_of,
 )
 from diffusers_linattn.kernels.tile_configurations import MOST_FRAMES, Tiles, block_dim, choose_configuration, plan
-from diffusers_linattn.kernels.tile_lists import TileLists
+from diffusers_linattn.kernels.tile_lists import Shape, TileLists
 from diffusers_linattn.layout import TokenLayout
 
 
@@ -66,8 +67,7 @@ def local_attention_triton(
 
     call = _Call(query, key, value, pooled_key, pooled_value, mask, layout, window, temporal_window, scale)
     out, lse = empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
-    tiles = call.configuration.forward
-    lists, queries, keys = plan(*call.window, tiles)
+    tiles, lists, queries, keys = call.plan(call.configuration.forward)
     _launch(
         forward_kernel,
         (len(lists.items) * query.shape[0] * query.shape[1],),
@@ -116,8 +116,7 @@ def local_attention_triton_backward(
     grad, dquery = adjacent(grad), empty_like(query)
     # Both sums are of weights times a number per query, to which the kernel adds the output's part.
     delta = grad_lse.mul(-LOG2_E).contiguous()
-    tiles = call.configuration.query_gradient
-    lists, queries, keys = plan(*call.window, tiles)
+    tiles, lists, queries, keys = call.plan(call.configuration.query_gradient)
     _launch(
         query_gradient_kernel,
         (len(lists.items) * query.shape[0] * query.shape[1],),
@@ -201,6 +200,12 @@ class _Call:
         self.precision = fp32_precision(query.device)
         self.configuration = choose_configuration(query.shape[3], query.dtype, chip_of(query.device))
 
+    def plan(self, tiles: Tiles) -> tuple[Tiles, TileLists, Shape, Shape]:
+        """The launch of a kernel whose programs own queries."""
+        if self.has_bias or self.num_pooled:
+            tiles = replace(tiles, wide=0)
+        return plan(*self.window, tiles)
+
     def key_gradients(
         self,
         key: torch.Tensor,
@@ -216,9 +221,10 @@ class _Call:
 
         query, (batch, heads) = self.tensors[0], key.shape[:2]
         layout, window, temporal_window = self.window
-        tiles = self.configuration.key_gradients
         num_pooled = self.num_pooled if pooled else 0
-        lists, keys, queries = plan(*self.window, tiles, owners_are_keys=True, num_pooled=num_pooled)
+        tiles, lists, keys, queries = plan(
+            *self.window, self.configuration.key_gradients, owners_are_keys=True, num_pooled=num_pooled
+        )
         has_bias = self.has_bias and not pooled
         dkey, dvalue = empty_like(key), empty_like(value)
         shape = (2, batch, heads, lists.slots, tiles.owner, self.dims[1])

@@ -18,12 +18,18 @@ from diffusers_linattn.layout import TokenLayout
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tokens of a tile of the side that owns the programs and of the one that is visited; warps; pipeline stages."""
+    """Tokens of a tile of the side that owns the programs and of the one that is visited; warps; pipeline stages.
+
+    With `wide`, there is a launch of so many stages whose visited tiles have twice the tokens. It needs a fifth fewer
+    instructions per pair, and computes more pairs unless they fit the window as well. Its registers just suffice for
+    pictures without a mask and pooled keys.
+    """
 
     owner: int
     other: int
     warps: int
     stages: int
+    wide: int = 0
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,9 @@ FAMILIES: dict[str, dict[int, Shape]] = {
     "video": {128: (2, 8, 8), 64: (2, 4, 8), 32: (2, 4, 4), 16: (2, 2, 4)},
     "long video": {128: (4, 4, 8), 64: (4, 4, 4), 32: (4, 2, 4), 16: (4, 2, 2)},
 }
+# Times the pairs that a wide launch may compute: it saves a fifth of the instructions, which take about as long as the
+# products.
+MOST_MORE_PAIRS = 1.125
 MOST_FRAMES = max(frames for family in FAMILIES.values() for frames, _, _ in family.values())
 
 
@@ -52,7 +61,7 @@ def choose_configuration(head_dim: int, dtype: torch.dtype, chip: int) -> Config
 
     Example:
         >>> choose_configuration(128, torch.bfloat16, 90).forward
-        Tiles(owner=128, other=64, warps=8, stages=3)
+        Tiles(owner=128, other=64, warps=8, stages=3, wide=2)
     """
     if not chip:
         small = Tiles(128, 64, 4, 1)
@@ -68,11 +77,12 @@ def choose_configuration(head_dim: int, dtype: torch.dtype, chip: int) -> Config
         keys = Tiles(32, 16, 8, 1) if chip in SMALL_CHIPS else Tiles(32, 16, 8, 2)
         return Configuration(Tiles(32, 16, 8, 2), Tiles(16, 16, 8, 2), keys)
     if block <= 64:
-        keys = Tiles(128, 64, 8, 2) if chip == 90 else Tiles(128, 32, 8, 2)
-        return Configuration(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), keys)
+        if chip == 90:
+            return Configuration(Tiles(128, 64, 8, 3, wide=2), Tiles(128, 64, 8, 2, wide=2), Tiles(128, 64, 8, 2))
+        return Configuration(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 2))
     if block == 128:
         if chip == 90:
-            return Configuration(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 2))
+            return Configuration(Tiles(128, 64, 8, 3, wide=2), Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 2))
         if chip in SMALL_CHIPS:
             return Configuration(Tiles(128, 32, 8, 2), Tiles(128, 32, 8, 2), Tiles(64, 32, 8, 2))
         if chip >= 100:
@@ -112,6 +122,7 @@ def choose_family(layout: TokenLayout, window: int, temporal_window: int | None,
     )
 
 
+@functools.lru_cache(maxsize=128)
 def plan(
     layout: TokenLayout,
     window: int,
@@ -120,9 +131,22 @@ def plan(
     *,
     owners_are_keys: bool = False,
     num_pooled: int = 0,
-) -> tuple[TileLists, Shape, Shape]:
-    """The lists of one launch and the shapes of its tiles, the owner's first."""
+) -> tuple[Tiles, TileLists, Shape, Shape]:
+    """The launch, wide or not, its lists and the shapes of its tiles, the owner's first.
+
+    Example:
+        >>> tiles = Tiles(128, 64, 8, 3, wide=2)
+        >>> layout = TokenLayout.joint(text=512, grid=(1, 64, 64))
+        >>> [plan(layout, window, None, tiles)[0].other for window in (8, 16, 32)]
+        [64, 128, 128]
+    """
     # The relation is nearly symmetric, so that the family with the fewest pairs is that of both directions.
     family = FAMILIES[choose_family(layout, window, temporal_window, tiles.owner, tiles.other)]
     owner, other = family[tiles.owner], family[tiles.other]
-    return list_tiles(layout, window, temporal_window, owner, other, owners_are_keys, num_pooled), owner, other
+    lists = list_tiles(layout, window, temporal_window, owner, other, owners_are_keys, num_pooled)
+    if tiles.wide:
+        twice = Tiles(tiles.owner, 2 * tiles.other, tiles.warps, tiles.wide)
+        wide = plan(layout, window, temporal_window, twice, owners_are_keys=owners_are_keys, num_pooled=num_pooled)
+        if wide[3][0] == 1 and wide[1].num_pairs < MOST_MORE_PAIRS * lists.num_pairs:
+            return wide
+    return tiles, lists, owner, other

@@ -90,7 +90,7 @@ def list_tiles(
     Example:
         >>> layout = TokenLayout.image((1, 16, 16))
         >>> lists = list_tiles(layout, 4, None, (1, 16, 8), (1, 8, 8))
-        >>> len(lists.items), len(lists.places)  # each 16 x 8 tile visits all four 8 x 8 tiles
+        >>> len(lists.items), lists.num_pairs // (128 * 64)  # each 16 x 8 tile visits all four 8 x 8 tiles
         (2, 8)
     """
     segments = [segment for segment in (*layout.text, *layout.grids) if segment.length]
