@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 
-from diffusers_linattn.kernels.tile_configurations import FAMILIES, choose_family
+from diffusers_linattn.kernels.tile_configurations import FAMILIES, Tiles, choose_family, plan
 from diffusers_linattn.kernels.tile_lists import PLACE_BITS, list_tiles
 from diffusers_linattn.layout import TokenLayout
 from diffusers_linattn.ops import reference
@@ -63,6 +63,13 @@ def test_video_chooses_its_tiles() -> None:
     layout = TokenLayout.image((21, 45, 80))
     assert choose_family(layout, 8, 3, 128, 128) == "video"
     assert choose_family(layout, 16, 1, 128, 128) == "picture"
+
+
+def test_wide_tiles_are_for_pictures_whose_window_has_them() -> None:
+    tiles = Tiles(128, 64, 8, 2, wide=2)
+    picture, row = TokenLayout.joint(text=512, grid=(1, 128, 128)), TokenLayout.image((1, 1, 4096))
+    assert [plan(picture, window, None, tiles)[0].other for window in (8, 16, 32)] == [64, 128, 128]
+    assert plan(row, 256, None, tiles)[0].other == 64
 
 
 def tokens_of(segment: list[int], place: tuple[int, ...], shape: tuple[int, int, int]) -> torch.Tensor:

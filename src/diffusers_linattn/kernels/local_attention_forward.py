@@ -40,8 +40,10 @@ SIZES = (
     "num_items",
 )
 
-# Below every score and above all that `room_in_window` hides; finite: a difference of two is not NaN.
-_LOWEST = tl.constexpr(-1.0e16)
+# Below every score that counts: a mask below it hides. With a mask, it is above all that `room_in_window` hides;
+# without one every query sees itself, and what was hidden before that shrinks to nothing. Finite: a difference of two
+# is not NaN.
+_LOWEST = tl.constexpr(-1.0e18)
 
 
 @triton.jit

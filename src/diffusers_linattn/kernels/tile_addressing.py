@@ -13,7 +13,7 @@ from diffusers_linattn.kernels.tile_lists import PLACE_BITS
 
 _BITS = tl.constexpr(PLACE_BITS)
 _MASK = tl.constexpr(2**PLACE_BITS - 1)
-_FAR = tl.constexpr(2.0**80)
+_FAR = tl.constexpr(2.0**86)
 
 
 @triton.jit
@@ -125,16 +125,17 @@ def key_position(token, denominator):
 
 @triton.jit
 def load_scales(pair):
-    """What `in_window` compares with: row unit, column unit, temporal window, limit."""
+    """What `room_in_window` compares with: row unit, column unit, temporal window, limit."""
     return tl.load(pair + 2), tl.load(pair + 5), tl.load(pair + 6), tl.load(pair + 7)
 
 
 @triton.jit
 def room_in_window(dy, dx, frames_apart, row_unit, column_unit, frames, limit, TIMED: tl.constexpr):
-    """How far a pair of tokens is from not seeing each other, times 2^80: negative where it does not.
+    """How far a pair of tokens is from not seeing each other, times 2^86: negative where it does not.
 
     A number rather than a condition, since a minimum with it costs less than a choice: there are few registers for
-    conditions. Tokens that do not exist are infinitely far away.
+    conditions. Tokens that do not exist are infinitely far away. A score of NaN stays NaN, hidden or not, as in the
+    reference.
     """
     room = limit * _FAR - dx * (dx * (column_unit * _FAR)) - dy * (dy * (row_unit * _FAR))
     if TIMED:

@@ -147,6 +147,6 @@ def plan(
     if tiles.wide:
         twice = Tiles(tiles.owner, 2 * tiles.other, tiles.warps, tiles.wide)
         wide = plan(layout, window, temporal_window, twice, owners_are_keys=owners_are_keys, num_pooled=num_pooled)
-        if wide[3][0] == 1 and wide[1].num_pairs < MOST_MORE_PAIRS * lists.num_pairs:
+        if wide[3] == FAMILIES["picture"][twice.other] and wide[1].num_pairs < MOST_MORE_PAIRS * lists.num_pairs:
             return wide
     return tiles, lists, owner, other

@@ -24,7 +24,7 @@ Shape = tuple[int, int, int]  # frames, rows and columns of a tile
 
 # A tile's place (frame, row, column of its first token) travels in one 64-bit integer.
 PLACE_BITS = 21
-# The limit of segments that are seen by all and see all. Wider windows count as this wide: kernels multiply the limit.
+# The limit of segments that are seen by all and see all, and of windows wider than 2^20 tokens: kernels multiply it.
 _EVERYTHING = 2.0**40
 # Long lists, those of keys that every query sees, are cut for parallelism: not finer than this many tiles, into few
 # enough parts that the partial sums stay small, and not at all where there are that many programs anyway.
