@@ -30,11 +30,7 @@ def launches(head_dim: int, dtype: torch.dtype, chip: int) -> dict[str, Tiles]:
         "query_gradient_kernel": chosen.query_gradient,
         "key_gradients_kernel": chosen.key_gradients,
     }
-    wide = {
-        f"{name}, wide": Tiles(tiles.owner, 2 * tiles.other, tiles.warps, tiles.wide)
-        for name, tiles in found.items()
-        if tiles.wide
-    }
+    wide = {f"{name}, wide": tiles.wider for name, tiles in found.items() if tiles.wide}
     return found | wide
 
 

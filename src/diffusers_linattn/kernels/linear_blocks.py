@@ -8,18 +8,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from diffusers_linattn.kernels.masked_loads import existing, load_existing
+
 
 EPS = tl.constexpr(1e-6)  # that of `ops.reference`
-
-
-@triton.jit
-def existing(valid, channel, SIZE: tl.constexpr):
-    """The mask of a block; where all channels exist, the tokens' alone, which takes fewer registers."""
-    BLOCK: tl.constexpr = channel.shape[0]
-    if SIZE // BLOCK * BLOCK == SIZE:
-        return valid[:, None]
-    else:
-        return valid[:, None] & (channel < SIZE)[None, :]
 
 
 @triton.jit
@@ -30,12 +22,7 @@ def load_block(pointer, token0, stride, valid, channel, SIZE: tl.constexpr, MASK
     """
     token = tl.arange(0, valid.shape[0])
     pointers = pointer + tl.cast(token0, tl.int64) * stride + token[:, None] * stride + channel[None, :]
-    if MASKED:
-        return tl.load(pointers, mask=existing(valid, channel, SIZE), other=0.0)
-    BLOCK: tl.constexpr = channel.shape[0]
-    if SIZE // BLOCK * BLOCK == SIZE:
-        return tl.load(pointers)
-    return tl.load(pointers, mask=(channel < SIZE)[None, :], other=0.0)
+    return load_existing(pointers, valid, channel, SIZE, MASKED)
 
 
 @triton.jit

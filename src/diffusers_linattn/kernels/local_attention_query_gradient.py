@@ -13,17 +13,15 @@ from diffusers_linattn.kernels.head_offsets import head_offset
 from diffusers_linattn.kernels.local_attention_forward import SIZES
 from diffusers_linattn.kernels.tile_addressing import (
     item_and_head,
-    key_position,
     load_rows,
     load_runs,
     load_scales,
     load_segment,
     own_tile,
     query_position,
-    room_in_window,
     store_rows,
     tile_coordinates,
-    unpack_place,
+    visit_keys,
 )
 
 
@@ -99,32 +97,13 @@ def _query_tiles(
     row_unit, column_unit, frames, limit = load_scales(pair)
     place = tl.load(places + first)
     for i in range(first, last):
-        frame0, row0, column0 = unpack_place(place)
+        visited = place
         place = tl.load(places + i + 1)
-        token0 = start + frame0 * frame_tokens + row0 * row_tokens + column0
-        in_rows, in_columns = row < height - row0, column < width - column0
-        if KEY_FRAMES > 1:
-            in_rows &= token < stop - token0
-        there = in_rows & in_columns
-        k = load_rows(key + token0.to(tl.int64) * stride_kn + key_offsets, there, HEAD_DIM, BLOCK_DIM, CUT)
-        v = load_rows(value + token0.to(tl.int64) * stride_vn + value_offsets, there, HEAD_DIM, BLOCK_DIM, CUT)
-        added = 0.0
-        if HAS_BIAS:
-            added = tl.load(bias + token0 + token, mask=there, other=0.0)[None, :]
-        room = 0.0
-        if CUT:
-            key_row = tl.where(in_rows, key_position(row, denominator_y), float("inf"))
-            key_column = tl.where(in_columns, key_position(column, denominator_x), float("inf"))
-            room = room_in_window(
-                (query_row - key_position(row0, denominator_y))[:, None] - key_row[None, :],
-                (query_column - key_position(column0, denominator_x))[:, None] - key_column[None, :],
-                query_frame[:, None] - (frame0 + frame)[None, :],
-                row_unit,
-                column_unit,
-                frames,
-                limit,
-                TIMED,
-            )
+        k, v, added, room = visit_keys(
+            visited, key, value, bias, key_offsets, value_offsets, stride_kn, stride_vn, start, stop, frame_tokens,
+            row_tokens, height, width, query_frame, query_row, query_column, denominator_y, denominator_x, row_unit,
+            column_unit, frames, limit, HEAD_DIM, BLOCK_DIM, KEY_FRAMES, KEY_ROWS, KEY_COLUMNS, CUT, TIMED, HAS_BIAS,
+        )  # fmt: skip
         dq = _query_step(dq, q, dout, k, v, lse, delta, scale, added, room, HAS_BIAS, CUT, PRECISION)
     return dq
 

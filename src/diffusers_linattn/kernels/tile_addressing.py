@@ -1,6 +1,6 @@
 """Where the tokens of a tile lie in memory and which pairs of them the window joins; shared by the Triton kernels.
 
-The tables are those of `TileLists`. Letters: M tokens of a tile.
+The tables are those of `TileLists`. Letters: M tokens of a tile; where two meet, M queries and N keys, D channels.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from diffusers_linattn.kernels.masked_loads import load_existing
 from diffusers_linattn.kernels.tile_lists import PLACE_BITS
 
 
@@ -91,14 +92,7 @@ def unpack_place(place):
 @triton.jit
 def load_rows(pointers, there, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, MASKED: tl.constexpr = True):
     """(M, BLOCK_DIM) vectors, 0 where a token or a channel does not exist; without MASKED all tokens do."""
-    channels = (tl.arange(0, BLOCK_DIM) < HEAD_DIM)[None, :]
-    if HEAD_DIM == BLOCK_DIM:
-        if MASKED:
-            return tl.load(pointers, mask=there[:, None], other=0.0)
-        return tl.load(pointers)
-    if MASKED:
-        return tl.load(pointers, mask=there[:, None] & channels, other=0.0)
-    return tl.load(pointers, mask=channels, other=0.0)
+    return load_existing(pointers, there, tl.arange(0, BLOCK_DIM), HEAD_DIM, MASKED)
 
 
 @triton.jit
@@ -141,3 +135,71 @@ def room_in_window(dy, dx, frames_apart, row_unit, column_unit, frames, limit, T
     if TIMED:
         room = tl.minimum(room, (frames - 0.5 - tl.abs(frames_apart).to(tl.float32)) * _FAR)
     return room
+
+
+@triton.jit
+def visit_keys(
+    place,
+    key,
+    value,
+    bias,
+    key_offsets,
+    value_offsets,
+    stride_kn,
+    stride_vn,
+    start,
+    stop,
+    frame_tokens,
+    row_tokens,
+    height,
+    width,
+    query_frame,
+    query_row,
+    query_column,
+    denominator_y,
+    denominator_x,
+    row_unit,
+    column_unit,
+    frames,
+    limit,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    FRAMES: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CUT: tl.constexpr,
+    TIMED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    """Keys and values (N, D) of the tile at a place, their bias (1, N) and the queries' room (M, N).
+
+    Without HAS_BIAS and without CUT, the last two are 0 and not to be used.
+    """
+    frame, row, column = tile_coordinates(FRAMES, ROWS, COLUMNS)
+    token = frame * frame_tokens + row * row_tokens + column
+    frame0, row0, column0 = unpack_place(place)
+    token0 = start + frame0 * frame_tokens + row0 * row_tokens + column0
+    in_rows, in_columns = row < height - row0, column < width - column0
+    if FRAMES > 1:
+        in_rows &= token < stop - token0
+    there = in_rows & in_columns
+    k = load_rows(key + token0.to(tl.int64) * stride_kn + key_offsets, there, HEAD_DIM, BLOCK_DIM, CUT)
+    v = load_rows(value + token0.to(tl.int64) * stride_vn + value_offsets, there, HEAD_DIM, BLOCK_DIM, CUT)
+    added = 0.0
+    if HAS_BIAS:
+        added = tl.load(bias + token0 + token, mask=there, other=0.0)[None, :]
+    room = 0.0
+    if CUT:
+        key_row = tl.where(in_rows, key_position(row, denominator_y), float("inf"))
+        key_column = tl.where(in_columns, key_position(column, denominator_x), float("inf"))
+        room = room_in_window(
+            (query_row - key_position(row0, denominator_y))[:, None] - key_row[None, :],
+            (query_column - key_position(column0, denominator_x))[:, None] - key_column[None, :],
+            query_frame[:, None] - (frame0 + frame)[None, :],
+            row_unit,
+            column_unit,
+            frames,
+            limit,
+            TIMED,
+        )
+    return k, v, added, room

@@ -31,6 +31,11 @@ class Tiles:
     stages: int
     wide: int = 0
 
+    @property
+    def wider(self) -> Tiles:
+        """The wide launch."""
+        return Tiles(self.owner, 2 * self.other, self.warps, self.wide)
+
 
 @dataclass(frozen=True)
 class Configuration:
@@ -145,8 +150,8 @@ def plan(
     owner, other = family[tiles.owner], family[tiles.other]
     lists = list_tiles(layout, window, temporal_window, owner, other, owners_are_keys, num_pooled)
     if tiles.wide:
-        twice = Tiles(tiles.owner, 2 * tiles.other, tiles.warps, tiles.wide)
-        wide = plan(layout, window, temporal_window, twice, owners_are_keys=owners_are_keys, num_pooled=num_pooled)
-        if wide[3] == FAMILIES["picture"][twice.other] and wide[1].num_pairs < MOST_MORE_PAIRS * lists.num_pairs:
+        wider = tiles.wider
+        wide = plan(layout, window, temporal_window, wider, owners_are_keys=owners_are_keys, num_pooled=num_pooled)
+        if wide[3] == FAMILIES["picture"][wider.other] and wide[1].num_pairs < MOST_MORE_PAIRS * lists.num_pairs:
             return wide
     return tiles, lists, owner, other
