@@ -57,15 +57,30 @@ def make_gated_inputs(layout, dtype=torch.float32, strength=0.5, per_head=False,
     return [query, key, value, (-torch.rand(*key.shape[:3], channels) * strength).to(dtype)]
 
 
+def make_initial_state(inputs, direction="bidirectional", normalize=True):
+    """A non-negative state of the inputs' dtype, as keys and values behind a feature map leave it."""
+    batch, heads, _, features = inputs[1].shape
+    ways = (2,) if direction == "bidirectional" else ()
+    return torch.rand(*ways, batch, heads, features, inputs[2].shape[3] + normalize).to(inputs[0].dtype)
+
+
 def spec(layout, feature_map="relu", **kwargs):
     features = reference.FEATURE_MAPS[feature_map] if feature_map else lambda x: x
-    return lambda q, k, v, g: reference.gated_linear_attention(
-        q, k, v, g.expand_as(k), layout, query_features=features, key_features=features, **kwargs
+    return lambda q, k, v, g, state=None: reference.gated_linear_attention(
+        q,
+        k,
+        v,
+        g.expand_as(k),
+        layout,
+        query_features=features,
+        key_features=features,
+        initial_state=state,
+        **kwargs,
     )
 
 
 def ours(layout, **kwargs):
-    return lambda q, k, v, g: gated_linear_attention(q, k, v, g, layout, **kwargs)
+    return lambda q, k, v, g, state=None: gated_linear_attention(q, k, v, g, layout, initial_state=state, **kwargs)
 
 
 @by_layout
@@ -186,6 +201,93 @@ def test_without_denominator(feature_map, order):
     layout = TokenLayout.of([("image", (1, 6, 5)), ("reference", (2, 2, 3))])
     options = {"feature_map": feature_map, "normalize": False, "order": order, "direction": "forward", "scale": 0.3}
     assert_as_accurate(ours(layout, **options), spec(layout, **options), make_gated_inputs(layout))
+
+
+@by_direction
+@by_order
+@pytest.mark.parametrize("name", ["one token", "odd grid", "video", "77 text first"])
+def test_initial_state(name, direction, order):
+    layout, options = LAYOUTS[name], {"direction": direction, "order": order}
+    inputs = make_gated_inputs(layout)
+    inputs.append(make_initial_state(inputs, direction))
+    assert_as_accurate(ours(layout, **options), spec(layout, **options), inputs)
+
+
+@by_dtype
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+@pytest.mark.parametrize("per_head", [False, True], ids=["per channel", "per head"])
+def test_initial_state_in_other_dtypes(per_head, impl, dtype):
+    layout = LAYOUTS["1 text last"]
+    inputs = make_gated_inputs(layout, dtype, per_head=per_head)
+    inputs.append(make_initial_state(inputs))
+    assert_as_accurate(ours(layout, feature_map="elu", impl=impl), spec(layout, "elu"), inputs)
+
+
+@by_direction
+@pytest.mark.parametrize("feature_map", [None, "relu"])
+def test_initial_state_without_denominator(feature_map, direction):
+    layout = LAYOUTS["odd grid"]
+    options = {"feature_map": feature_map, "normalize": False, "direction": direction, "scale": 0.3}
+    inputs = make_gated_inputs(layout)
+    inputs.append(make_initial_state(inputs, direction, normalize=False))
+    assert_as_accurate(ours(layout, **options), spec(layout, **options), inputs)
+
+
+@pytest.mark.parametrize("form", ["bool", "pairwise"])
+def test_initial_state_beside_a_mask(form):
+    """A mask hides keys, not what came before them; queries that see nothing give 0."""
+    layout = LAYOUTS["odd grid"]
+    seen = seen_keys(layout)
+    mask = seen if form == "bool" else seen & seen.transpose(-1, -2)
+    inputs = make_gated_inputs(layout)
+    inputs.append(make_initial_state(inputs))
+    assert_as_accurate(ours(layout, mask=mask), spec(layout, mask=mask), inputs)
+
+
+def test_initial_state_in_a_compiled_function():
+    layout = LAYOUTS["77 text first"]
+    inputs = make_gated_inputs(layout)
+    inputs.append(make_initial_state(inputs))
+    inputs = [x.requires_grad_() for x in inputs]
+    torch._dynamo.reset()
+    results = []
+    for function in (torch.compile(ours(layout), fullgraph=True, backend="aot_eager"), ours(layout)):
+        output = function(*inputs)
+        results.append([output, *torch.autograd.grad(output.square().sum(), inputs)])
+    torch.testing.assert_close(*results)
+
+
+@by_direction
+def test_a_scan_goes_on_from_the_state_of_the_one_before(direction):
+    """A video of two parts: each begins with what the other left behind."""
+    height, width, batch, heads, dim = 3, 5, 2, 2, 16
+    whole, first, second = (TokenLayout.image((frames, height, width)) for frames in (3, 1, 2))
+    inputs = make_gated_inputs(whole, torch.float64, batch=batch, heads=heads, dim=dim)
+    parts = [[x[:, :, : first.length] for x in inputs], [x[:, :, first.length :] for x in inputs]]
+
+    def state_behind(key, value, gate, backward):
+        state = torch.zeros(batch, heads, dim, dim + 1, dtype=torch.float64)
+        tokens = range(key.shape[2])
+        for t in reversed(tokens) if backward else tokens:
+            phi, counted = (
+                torch.relu(key[:, :, t]) + reference.EPS,
+                torch.nn.functional.pad(value[:, :, t], (0, 1), value=1),
+            )
+            state = gate[:, :, t, :, None].exp() * state + phi[..., None] * counted[:, :, None]
+        return state
+
+    nothing = torch.zeros(batch, heads, dim, dim + 1, dtype=torch.float64)
+    behind_first, behind_second = state_behind(*parts[0][1:], False), state_behind(*parts[1][1:], True)
+    states = {
+        "forward": (None, behind_first),
+        "backward": (behind_second, None),
+        "bidirectional": (torch.stack([nothing, behind_second]), torch.stack([behind_first, nothing])),
+    }[direction]
+    output = [
+        gated_linear_attention(*part, layout, direction=direction, initial_state=state)
+        for part, layout, state in zip(parts, (first, second), states, strict=True)
+    ]
+    torch.testing.assert_close(torch.cat(output, 2), gated_linear_attention(*inputs, whole, direction=direction))
 
 
 @pytest.mark.parametrize("impl", ["chunked", "reference"])
@@ -364,6 +466,9 @@ def test_keeps_little_for_backward(name, masked, per_head, feature_map):
     of_text = batch * heads * layout.num_text * (4 * dim + 1) * 2 * 3 if layout.num_text else 0
     of_mask = batch * heads * layout.length * 16 if masked else 0
     assert kept <= states + sums + of_text + of_mask
+    if len(layout.grids) == 1:
+        inputs.append(make_initial_state(inputs, normalize=options["normalize"]))
+        assert kept_for_backward(ours(layout, **options), inputs) <= kept
 
 
 def recurrence(query, key, value, gate, scale):
@@ -389,6 +494,16 @@ def test_fla_scans_the_same_path(direction, order, per_head):
     torch.testing.assert_close(output, expected)
     for a, b in zip(*(torch.autograd.grad(x.square().sum(), inputs) for x in (output, expected)), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@by_order
+@by_direction
+def test_initial_state_beside_fla(direction, order, monkeypatch):
+    monkeypatch.setattr(gated, "load_chunk_gla", lambda: recurrence)
+    layout, options = LAYOUTS["video"], {"direction": direction, "order": order}
+    inputs = make_gated_inputs(layout)
+    inputs.append(make_initial_state(inputs, direction))
+    assert_as_accurate(ours(layout, impl="fla", **options), spec(layout, **options), inputs)
 
 
 @pytest.mark.parametrize("impl", ["chunked", "reference", "fla"])
@@ -472,8 +587,36 @@ def test_does_not_compile_once_per_size(given, order):
         ("odd grid", {"feature_map": None}, "or normalize=False"),
         ("77 text first", {"normalize": False}, "no denominator to share with text"),
         ("odd grid", {"mask": torch.ones(35, 35, dtype=torch.bool).tril()}, "cannot honour a pairwise mask"),
+        (
+            "odd grid",
+            {"initial_state": torch.zeros(2, 2, 16, 17)},
+            r"expected \(2, 2, 2, 16, 17\) in a floating dtype",
+        ),
+        ("odd grid", {"initial_state": torch.zeros(2, 2, 2, 16, 17).int()}, "in torch.int32, expected"),
+        (
+            "odd grid",
+            {"initial_state": torch.zeros(2, 2, 16, 17), "direction": "forward", "normalize": False},
+            "16, 16",
+        ),
+        ("references and padding", {"initial_state": torch.zeros(2, 2, 2, 16, 17)}, "has 3 grids"),
+        ("only text", {"initial_state": torch.zeros(2, 2, 2, 16, 17)}, "has 0 grids"),
     ],
-    ids=["impl", "dtype", "direction", "order", "feature map", "path", "no feature map", "text", "pairwise mask"],
+    ids=[
+        "impl",
+        "dtype",
+        "direction",
+        "order",
+        "feature map",
+        "path",
+        "no feature map",
+        "text",
+        "pairwise mask",
+        "state of one way",
+        "integer state",
+        "state with a sum",
+        "state of three grids",
+        "state of no grid",
+    ],
 )
 def test_errors(name, arguments, match):
     layout = LAYOUTS[name]

@@ -262,9 +262,10 @@ def test_kernel_compiles_whole_for_all_sizes() -> None:
 
 
 def gated_results(impl: str, kind: torch.dtype, inputs: list, layout: TokenLayout, **kwargs: Any) -> list:
-    """Output and gradients of query, key, value and gate."""
+    """Output and gradients of query, key, value, gate and, where there is one, the initial state."""
     leaves = [x.to(kind).requires_grad_() for x in inputs]
-    output = gated_linear_attention(*leaves, layout, impl=impl, **kwargs)
+    state = leaves[4] if len(leaves) > 4 else None
+    output = gated_linear_attention(*leaves[:4], layout, initial_state=state, impl=impl, **kwargs)
     return with_gradients(output, leaves, inputs[0].dtype)
 
 
@@ -279,12 +280,14 @@ GATED_CASES: dict[str, tuple[TokenLayout, dict[str, Any]]] = {
 }
 
 
-def check_gated(dim: int, dtype: torch.dtype, per_head: bool, case: str) -> None:
+def check_gated(dim: int, dtype: torch.dtype, per_head: bool, case: str, with_state: bool = False) -> None:
     """As `check_kernel`, with gates that forget everything among others."""
     layout, options = GATED_CASES[case]
     inputs = [torch.randn(2, layout.length, 3, dim, dtype=dtype, device="cuda").transpose(1, 2) for _ in range(3)]
     inputs.append(-torch.rand(2, 3, layout.length, 1 if per_head else dim, device="cuda").to(dtype))
     inputs[3][:, :, ::7] = -1e4
+    if with_state:
+        inputs.append(torch.rand(2, 2, 3, dim, dim + 1, device="cuda").to(dtype))
     ours = in_poisoned_memory(partial(gated_results, "triton", dtype, inputs, layout, **options))
     same = gated_results("reference", dtype, inputs, layout, **options)
     exact = gated_results("reference", torch.float64, inputs, layout, **options)
@@ -309,6 +312,11 @@ def test_gated_kernels(dim: int, dtype: torch.dtype, per_head: bool, case: str) 
 )
 def test_gated_kernels_at_other_head_dims(dim: int, dtype: torch.dtype, per_head: bool) -> None:
     check_gated(dim, dtype, per_head, "columns")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_gated_initial_state(dtype: torch.dtype) -> None:
+    check_gated(64, dtype, False, "columns", with_state=True)
 
 
 def test_gated_heads_in_several_launches(monkeypatch: pytest.MonkeyPatch) -> None:

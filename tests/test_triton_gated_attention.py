@@ -11,7 +11,7 @@ import os
 
 import pytest
 import torch
-from test_gated_linear_attention import LAYOUTS, make_gated_inputs, ours, spec
+from test_gated_linear_attention import LAYOUTS, make_gated_inputs, make_initial_state, ours, spec
 from test_linear_attention import assert_as_accurate, seen_keys, with_gradients
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -128,6 +128,24 @@ def test_gates_of_minus_infinity():
 def test_without_denominator(direction, per_head):
     options = {"direction": direction, "feature_map": None, "normalize": False, "scale": 0.3, "order": "columns"}
     check(LAYOUTS["odd grid"], per_head, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("odd grid", {"direction": "bidirectional", "order": "columns"}),
+        ("1 text last", {"direction": "backward"}),
+        ("odd grid", {"direction": "forward", "feature_map": None, "normalize": False}),
+    ],
+    ids=["both", "text", "without denominator"],
+)
+@by_gate
+@pytest.mark.usefixtures("short_chunks")
+def test_initial_state(name, options, per_head):
+    layout = LAYOUTS[name]
+    inputs = make_gated_inputs(layout, per_head=per_head, batch=1, heads=1)
+    inputs.append(make_initial_state(inputs, options["direction"], options.get("normalize", True)))
+    assert_as_accurate(ours(layout, impl="triton", **options), spec(layout, **options), inputs)
 
 
 @pytest.mark.parametrize("feature_map", ["softmax", "elu"])

@@ -5,6 +5,8 @@ Letters: B batch, H heads, N tokens, D head_dim, K features per head; G tokens i
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
@@ -25,6 +27,7 @@ from diffusers_linattn.ops.features import FeatureMapArgument, check_features, f
 from diffusers_linattn.ops.gated_choice import choose_impl, why_not_triton
 from diffusers_linattn.ops.gated_chunked import gated_scan
 from diffusers_linattn.ops.gated_fla import fla_scan, load_chunk_gla
+from diffusers_linattn.ops.gated_initial_state import check_initial_state, read_initial_state
 from diffusers_linattn.ops.linear import (
     blend_with_text,
     recomputed,
@@ -49,6 +52,7 @@ def gated_linear_attention(
     order: str = "rows",
     feature_map: FeatureMapArgument | None = "relu",
     normalize: bool = True,
+    initial_state: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
     scale: float | None = None,
     enable_gqa: bool = False,
@@ -77,6 +81,10 @@ def gated_linear_attention(
         feature_map: As in [`linear_attention`]; `None` (identity) only with `normalize=False`.
         normalize: Divide by the sum of the weights. Without (as in DiG), the output is multiplied by `scale`, there
             is no text, and `feature_map=None` is allowed.
+        initial_state: S_0 of the recurrence `S_t = diag(a_t) S_{t-1} + φ(k_t) v_tᵀ`: what tokens before the first
+            one of the scan left behind, (batch, heads, features, value_dim), as many heads as query, any floating
+            dtype. With `normalize` one column more, the sum of φ(k). For `"bidirectional"` (2, batch, …): what comes
+            before the first token, and behind the last. The layout must have one grid.
         mask: As in [`linear_attention`]. A hidden key adds nothing, its gate still decays the others.
         scale: Softmax scale for the text, or the factor of `normalize=False`; `None` is `head_dim ** -0.5`.
         enable_gqa: Whether key and value may have fewer heads than query.
@@ -94,8 +102,8 @@ def gated_linear_attention(
     Raises:
         ValueError: Shapes that do not fit each other or the layout, an unknown `direction`, `order`, `feature_map` or
             `impl`, a mask that shows different keys to different queries, `feature_map=None` with a denominator,
-            text without one, or an `impl` that cannot answer this call or is not installed; `torch.func.jvp`, which
-            `"reference"` alone knows.
+            text without one, an `initial_state` beside several grids or none, or an `impl` that cannot answer this
+            call or is not installed; `torch.func.jvp`, which `"reference"` alone knows.
 
     Example:
         >>> import torch
@@ -105,6 +113,16 @@ def gated_linear_attention(
         >>> gate = torch.nn.functional.logsigmoid(gate) / 16
         >>> gated_linear_attention(query, key, value, gate, layout, order="columns").shape
         torch.Size([1, 2, 31, 16])
+
+        Without a denominator, as in DiG, text can be what the scan begins with:
+
+        >>> (text_key, key), (text_value, value) = key.split([7, 24], 2), value.split([7, 24], 2)
+        >>> image = TokenLayout.image((1, 4, 6))
+        >>> options = {"direction": "forward", "feature_map": None, "normalize": False}
+        >>> state = text_key.transpose(-1, -2) @ text_value
+        >>> query, gate = query[:, :, 7:], gate[:, :, 7:]
+        >>> gated_linear_attention(query, key, value, gate, image, initial_state=state, **options).shape
+        torch.Size([1, 2, 24, 16])
     """
     check_choice("impl", impl, IMPLEMENTATIONS)
     check_choice("direction", direction, DIRECTIONS)
@@ -121,6 +139,11 @@ def gated_linear_attention(
             "or a layout of image tokens alone."
         )
     check_attention_inputs(query, key, value, layout, mask, enable_gqa)
+    if initial_state is not None and len(layout.grids) != 1:
+        raise ValueError(
+            f"initial_state is what the scan of one grid begins with, but the layout ({layout}) has "
+            f"{len(layout.grids)} grids: leave it out, or call once per grid."
+        )
     key_heads = key.shape[1]
     key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
     of_query, of_key = (full_precision, full_precision) if feature_map is None else resolve_feature_map(feature_map)
@@ -135,6 +158,8 @@ def gated_linear_attention(
     phi_q, phi_k = (query, key) if fused else (of_query(query), of_key(key))
     check_features(phi_q, phi_k)
     gate = _check_gate(gate, phi_k, key_heads)
+    if initial_state is not None:
+        check_initial_state(initial_state, phi_k, value.shape[-1] + normalize, both)
     impl = impl or choose_impl(query, value, phi_k.shape[-1])
     if impl != "chunked":  # which does so itself
         gate = gate.to(torch.promote_types(phi_k.dtype, torch.float32))
@@ -157,6 +182,7 @@ def gated_linear_attention(
                 direction=direction,
                 order=order,
                 normalize=normalize,
+                initial_state=None if initial_state is None else initial_state.to(phi_q.dtype),
                 mask=None if key_mask is None else key_mask.bias,
                 scale=scale,
             )
@@ -166,7 +192,7 @@ def gated_linear_attention(
             if weights is not None and not fused:
                 phi_k, weights = phi_k * weights, None
             settings = (impl, both, path, normalize, str(name) if fused else "none")
-            sums, counts = _sum_over_grids(phi_q, phi_k, value, gate, weights, layout, *settings)
+            sums, counts = _sum_over_grids(phi_q, phi_k, value, gate, weights, initial_state, layout, *settings)
             factor = query.shape[-1] ** -0.5 if scale is None else scale
             if counts is None:
                 grid = sums * factor
@@ -191,6 +217,7 @@ def _sum_over_grids(
     value: torch.Tensor,
     gate: torch.Tensor,
     weights: torch.Tensor | None,
+    initial_state: torch.Tensor | None,
     layout: TokenLayout,
     impl: str,
     both: bool,
@@ -224,6 +251,11 @@ def _sum_over_grids(
                     v = torch.cat([v, torch.ones_like(v[..., :1])], -1)  # a value of 1 adds up the weights
                 output = full_precision(fla_scan(load_chunk_gla(), q.to(v.dtype), k.to(v.dtype), v, g, *settings))
             output, count = output[..., : value.shape[-1]], output[..., value.shape[-1] :]
+        if initial_state is not None:
+            read = partial(read_initial_state, grid=segment.grid, both=both, path=path, features=features)
+            carried = recomputed(read, q, g, initial_state)
+            output = output + carried[..., : value.shape[-1]]
+            count = count + carried[..., value.shape[-1] :] if normalize else count
         sums.append(output)
         counts.append(count)
     if len(layout.grids) == 1:  # without the copy that cat makes

@@ -92,7 +92,7 @@ def _gated_scan(
         slab_output, state = scan_slab(q, k, v, g, state)
         _add_own(slab_output, q, k, v, output.shape[0] * output.shape[1])
         _add(output, slab_output, slab, direction)
-    return _from_path(output, order, height, width), torch.stack(starts, 1)
+    return from_path(output, order, height, width), torch.stack(starts, 1)
 
 
 @_gated_scan.register_fake
@@ -138,7 +138,7 @@ def _gated_scan_backward(
         direction, order = describe_path(path, both)
         inputs = _Inputs.on_path(query, key, value, gate, weights, direction, order, height, width, features, counted)
         gradients = [inputs.zeros(x.shape[3]) for x in (query, key, grad, gate)]
-        grad = _to_path(grad, order, height, width)
+        grad = to_path(grad, order, height, width)
         d_state = torch.zeros_like(starts[:, 0])
         for index, slab in reversed(list(enumerate(_slabs(query.shape[2])))):
             q, k, v, g = inputs.read(slab)
@@ -147,7 +147,7 @@ def _gated_scan_backward(
             _add_own_gradients(dq, dk, dv, q, k, v, do, grad.shape[0] * grad.shape[1])
             for gradient, slab_gradient in zip(gradients, (dq, dk, dv, dg), strict=True):
                 _add(gradient, slab_gradient, slab, direction)
-        dq, dk, dv, dg = (_from_path(gradient, order, height, width) for gradient in gradients)
+        dq, dk, dv, dg = (from_path(gradient, order, height, width) for gradient in gradients)
         dk = dk if weights is None else dk.mul_(weights)
         results = (
             _features_backward(dq, query, features),
@@ -211,9 +211,9 @@ class _Inputs:
         features: str,
         counted: bool,
     ) -> _Inputs:
-        q, k, v, g = (_to_path(x, order, height, width) for x in (query, key, value, gate))
+        q, k, v, g = (to_path(x, order, height, width) for x in (query, key, value, gate))
         if weights is not None:
-            weights = _to_path(weights.expand(*key.shape[:3], 1), order, height, width)
+            weights = to_path(weights.expand(*key.shape[:3], 1), order, height, width)
         return cls(q, k, v, g, weights, direction, features, counted)
 
     def zeros(self, channels: int) -> torch.Tensor:
@@ -271,16 +271,16 @@ def _add_own_gradients(
     dv[:scans].addcmul_((q * k).sum(-1, keepdim=True), grad)
 
 
-def _to_path(x: torch.Tensor, order: str, height: int, width: int) -> torch.Tensor:
+def to_path(x: torch.Tensor, order: str, height: int, width: int) -> torch.Tensor:
     """(B, H, L, …) from raster order to the order that the path visits; frames are always the outermost loop."""
     if order == "rows":
         return x
     return x.unflatten(2, (-1, height, width)).transpose(3, 4).flatten(2, 4)
 
 
-def _from_path(x: torch.Tensor, order: str, height: int, width: int) -> torch.Tensor:
-    """The inverse of [`_to_path`]."""
-    return _to_path(x, order, width, height).contiguous()
+def from_path(x: torch.Tensor, order: str, height: int, width: int) -> torch.Tensor:
+    """The inverse of [`to_path`]."""
+    return to_path(x, order, width, height).contiguous()
 
 
 def _num_scans(query: torch.Tensor, both: bool) -> int:

@@ -182,6 +182,7 @@ def gated_linear_attention(
     direction: str = "bidirectional",
     order: str = "rows",
     normalize: bool = True,
+    initial_state: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
     scale: float | None = None,
 ) -> torch.Tensor:
@@ -189,9 +190,23 @@ def gated_linear_attention(
 
     The recurrence of arXiv 2312.06635, `S_t = diag(a_t) S_{t-1} + k_t v_tᵀ`, applied to one unit of value per key. A
     scan stays inside its grid; across grids the gate is 1. `"bidirectional"` is forward + backward - diagonal.
+    `initial_state` is S before the first token of the one grid, (B, H, K, D), with `normalize` (B, H, K, D + 1), whose
+    last column is the sum of φ(k); with `"bidirectional"` two of them, (2, …), one for each way.
     """
     phi_q, phi_k = query_features(query), key_features(key)
     weights = phi_q @ phi_k.transpose(-1, -2)
+    carried = None
+    if initial_state is not None:
+        (segment,) = layout.grids
+        tokens = scan_order(segment, order, query.device)
+        states = initial_state if direction == "bidirectional" else initial_state[None]
+        carried = query.new_zeros(*query.shape[:3], states.shape[-1])
+        for i, state in enumerate(states):
+            visited = tokens.flip(0) if direction == "backward" or i == 1 else tokens
+            read = _read_initial_state(phi_q[:, :, visited], gate[:, :, visited].exp(), state)
+            carried = carried.index_add(2, visited, read)
+        if mask is not None:
+            carried = carried.masked_fill(mask_bias(mask, query.dtype).isneginf().all(-1, keepdim=True), 0)
     for segment in layout.grids:
         tokens = scan_order(segment, order, query.device)
         q, k, a = phi_q[:, :, tokens], phi_k[:, :, tokens], gate[:, :, tokens].exp()
@@ -205,11 +220,12 @@ def gated_linear_attention(
         weights = weights.clone()
         weights[:, :, tokens[:, None], tokens] = block
     if normalize:
-        return _blend_with_text(query, key, value, layout, weights, mask, scale)
+        return _blend_with_text(query, key, value, layout, weights, mask, scale, carried)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if mask is not None:
         weights = weights * mask_bias(mask, weights.dtype).exp()
-    return scale * weights @ value
+    output = weights @ value
+    return scale * (output if carried is None else output + carried)
 
 
 def scan_order(segment: Segment, order: str, device: torch.device) -> torch.Tensor:
@@ -240,6 +256,15 @@ def _decayed_weights(q: torch.Tensor, k: torch.Tensor, a: torch.Tensor) -> torch
     return torch.stack(rows, 2)
 
 
+def _read_initial_state(q: torch.Tensor, a: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+    """o_t = q_tᵀ diag(a_1 … a_t) S, one token at a time."""
+    rows = []
+    for t in range(q.shape[2]):
+        state = a[:, :, t, :, None] * state
+        rows.append((q[:, :, t, None] @ state).squeeze(2))
+    return torch.stack(rows, 2)
+
+
 def _blend_with_text(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -248,7 +273,9 @@ def _blend_with_text(
     weights: torch.Tensor,
     mask: torch.Tensor | None,
     scale: float | None,
+    carried: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    """What `carried` holds, (B, H, N, D + 1), is added to the weighted values, its last column to the denominator."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     scores = query @ key.transpose(-1, -2) * scale
     is_text = torch.zeros(layout.length, dtype=torch.bool, device=query.device)
@@ -261,7 +288,10 @@ def _blend_with_text(
     text_scores = scores.masked_fill(~is_text, float("-inf"))
     peak = text_scores.amax(-1, keepdim=True).clamp_min(0)
     total = torch.where(is_text, (text_scores - peak).exp(), weights * (-peak).exp())
-    blended = total @ value / (total.sum(-1, keepdim=True) + EPS * (-peak).exp())
+    output, count = total @ value, total.sum(-1, keepdim=True)
+    if carried is not None:
+        output, count = output + carried[..., :-1] * (-peak).exp(), count + carried[..., -1:] * (-peak).exp()
+    blended = output / (count + EPS * (-peak).exp())
     hidden = scores.isneginf().all(-1, keepdim=True)
     softmax = torch.softmax(scores.masked_fill(hidden, 0), -1).masked_fill(hidden, 0) @ value
     return torch.where(is_text[:, None], softmax, blended)
