@@ -21,6 +21,7 @@ LAUNCHES: dict[str, tuple[str, dict[str, Any]]] = {
     "states": ("states_kernel", {}),
     "gradients of states": ("states_kernel", {"GRADIENT": True}),
     "scan": ("scan_kernel", {}),
+    "scan from a state": ("scan_kernel", {"HAS_INITIAL": True}),
     "output": ("output_kernel", {}),
     "value gradient": ("output_kernel", {"GRADIENT": True, "COUNTED": False}),
     "weight gradients": ("weight_gradients_kernel", {}),
@@ -29,7 +30,7 @@ LAUNCHES: dict[str, tuple[str, dict[str, Any]]] = {
 PER_HEAD = {
     f"{name}, a gate per head": (kernel, {**flags, "SCALAR": True}) for name, (kernel, flags) in LAUNCHES.items()
 }
-_FP32 = ("gate", "weight", "counts", "grad_counts", "decays", "totals", "grad_totals", "dgate")
+_FP32 = ("gate", "weight", "counts", "grad_counts", "decays", "totals", "grad_totals", "dgate", "initial")
 _WORKSPACE = ("states", "grad_states", "weights", "grad_weights", "decayed", "decayed_queries", "decayed_keys")
 # The gradient of the operator's output, and that output.
 _FP32_IN = {"weight_gradients_kernel": ("grad",), "gradients_kernel": ("grad",), "output_kernel": ("out",)}
@@ -66,6 +67,7 @@ def compile_launch(name: str, head_dim: int, dtype: torch.dtype, chip: int) -> C
         "BOTH": True,
         "GRADIENT": False,
         "COUNTED": True,
+        "HAS_INITIAL": False,
         "QUERY_FEATURES": "relu",
         "KEY_FEATURES": "relu",
         "PRECISION": precision,

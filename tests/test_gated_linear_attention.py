@@ -244,17 +244,42 @@ def test_initial_state_beside_a_mask(form):
     assert_as_accurate(ours(layout, mask=mask), spec(layout, mask=mask), inputs)
 
 
-def test_initial_state_in_a_compiled_function():
-    layout = LAYOUTS["77 text first"]
+def test_initial_state_of_a_denominator_may_be_negative():
+    layout = LAYOUTS["odd grid"]
+    inputs = make_gated_inputs(layout)
+    state = make_initial_state(inputs)
+    state[..., -1] -= 3
+    assert_as_accurate(ours(layout), spec(layout), [*inputs, state])
+
+
+def test_backward_of_an_initial_state_under_autocast():
+    layout = LAYOUTS["odd grid"]
     inputs = make_gated_inputs(layout)
     inputs.append(make_initial_state(inputs))
-    inputs = [x.requires_grad_() for x in inputs]
+    expected = with_gradients(ours(layout), inputs, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = with_gradients(ours(layout), inputs, torch.float32)
+    torch.testing.assert_close(actual, expected, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("impl", ["chunked", "fla"])
+def test_initial_state_has_no_forward_derivative(impl, monkeypatch):
+    monkeypatch.setattr(gated, "load_chunk_gla", lambda: recurrence)
+    layout = LAYOUTS["odd grid"]
+    inputs = make_gated_inputs(layout)
+    state = make_initial_state(inputs)
+    with pytest.raises(ValueError, match=r"has no forward-mode derivative \(torch.func.jvp\)"):
+        torch.func.jvp(lambda s: ours(layout, impl=impl)(*inputs, s), (state,), (state,))
+
+
+def test_nothing_to_train_in_a_compiled_function():
+    """With gradients on and none asked for, as where a user calls a frozen model without `torch.no_grad()`."""
+    layout = LAYOUTS["references and padding"]
+    inputs = make_gated_inputs(layout)
     torch._dynamo.reset()
-    results = []
-    for function in (torch.compile(ours(layout), fullgraph=True, backend="aot_eager"), ours(layout)):
-        output = function(*inputs)
-        results.append([output, *torch.autograd.grad(output.square().sum(), inputs)])
-    torch.testing.assert_close(*results)
+    for function in (ours(layout), lambda *x: linear_attention(*x[:3], layout)):
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(*inputs), function(*inputs))
 
 
 @by_direction
@@ -408,11 +433,15 @@ def test_custom_operators(direction, order, per_head, features):
     inputs = make_gated_inputs(TokenLayout.image((1, 4, 9)), dtype, dim=4, per_head=per_head)
     query, key, value, gate = (x.requires_grad_() for x in inputs)
     weights = torch.rand(1, 1, 36, 1) if order == "columns" else None
-    settings = (weights, features, features != "none", *path_of(direction, order))
-    torch.library.opcheck(gated_chunked._gated_scan, (query, key, value[..., :3], gate, *settings))
-    output, starts = gated_chunked._gated_scan(query, key, value, gate, *settings)
+    settings = (features, features != "none", *path_of(direction, order))
+    state = make_initial_state([query, key, value[..., :3]], direction, features != "none").requires_grad_()
+    for initial in (state, None):
+        torch.library.opcheck(
+            gated_chunked._gated_scan, (query, key, value[..., :3], gate, weights, initial, *settings)
+        )
+    output, starts = gated_chunked._gated_scan(query, key, value, gate, weights, None, *settings)
     arguments = [x.detach() for x in (output, starts, query, key, value, gate)]
-    torch.library.opcheck(gated_chunked._gated_scan_backward, (*arguments, *settings))
+    torch.library.opcheck(gated_chunked._gated_scan_backward, (*arguments, weights, *settings))
 
 
 @by_direction
@@ -422,12 +451,14 @@ def test_custom_operators(direction, order, per_head, features):
 )
 def test_scan_gradients(direction, order, per_head, features):
     inputs = make_gated_inputs(TokenLayout.image((1, 4, 9)), torch.float64, dim=2, per_head=per_head)
+    inputs.append(make_initial_state(inputs, direction))
     inputs = [x.requires_grad_() for x in inputs]
     height, width, both, path = path_of(direction, order)
     weights = torch.rand(1, 1, 36, 1, dtype=torch.float64) if order == "columns" else None
 
-    def scan(*x):
-        return gated_chunked.gated_scan(*x, (1, height, width), both, path, features, True, weights)
+    def scan(query, key, value, gate, state):
+        grid = (1, height, width)
+        return gated_chunked.gated_scan(query, key, value, gate, grid, both, path, features, True, weights, state)
 
     assert torch.autograd.gradcheck(scan, inputs, fast_mode=True)
 
@@ -471,9 +502,9 @@ def test_keeps_little_for_backward(name, masked, per_head, feature_map):
         assert kept_for_backward(ours(layout, **options), inputs) <= kept
 
 
-def recurrence(query, key, value, gate, scale):
+def recurrence(query, key, value, gate, scale, initial_state=None):
     """What `fla.ops.gla.chunk_gla` computes, (batch, tokens, heads, channels), one token at a time."""
-    state, outputs = 0, []
+    state, outputs = 0 if initial_state is None else initial_state, []
     for t in range(query.shape[1]):
         state = gate[:, t, :, :, None].exp() * state + key[:, t, :, :, None] * value[:, t, :, None]
         outputs.append(scale * torch.einsum("bhk,bhkv->bhv", query[:, t], state))
@@ -546,28 +577,54 @@ def test_a_path_says_direction_and_order(direction, order):
     assert scan_paths.describe_path(path, direction == "bidirectional") == (direction, order)
 
 
-@pytest.mark.parametrize(("given", "order"), [("as a layout", "columns"), ("as shapes", "rows")])
-def test_does_not_compile_once_per_size(given, order):
-    def of_layout(query, key, value, gate, layout):
-        return gated_linear_attention(query, key, value, gate, layout, order=order)
+def one_grid(text, height, width):
+    return TokenLayout.joint(text=text, grid=(1, height, width))
 
-    def of_shapes(query, key, value, gate, grid, text):
-        layout = TokenLayout.joint(text=text.shape[0], grid=(1, *grid.shape))
-        return gated_linear_attention(query, key, value, gate, layout, order=order)
+
+def with_a_reference(text, height, width):
+    return TokenLayout.of([("image", (1, height, width)), ("reference", (1, 3, text))])
+
+
+@pytest.mark.parametrize(
+    ("given", "make_layout", "with_state"),
+    [
+        ("as a layout", one_grid, False),
+        ("as shapes", one_grid, False),
+        ("as shapes", one_grid, True),
+        ("as shapes", with_a_reference, False),
+    ],
+    ids=["layout", "shapes", "initial state", "reference"],
+)
+def test_does_not_compile_once_per_size(given, make_layout, with_state):
+    """Neither once per order of the scan, where that is a shape."""
+
+    def of_layout(query, key, value, gate, state, layout):
+        return gated_linear_attention(query, key, value, gate, layout, initial_state=state)
+
+    def of_shapes(query, key, value, gate, state, grid, text, path):
+        layout = make_layout(text.shape[0], *grid.shape)
+        path = path.shape[1]
+        return gated_linear_attention(query, key, value, gate, layout, initial_state=state, path=path)
 
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     function = of_layout if given == "as a layout" else of_shapes
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
-    for height, width, text in ((5, 6, 7), (7, 3, 11), (9, 13, 20)):
-        layout = TokenLayout.joint(text=text, grid=(1, height, width))
-        inputs = [x.requires_grad_() for x in make_gated_inputs(layout)]
-        geometry = (layout,) if given == "as a layout" else (torch.empty(height, width), torch.empty(text))
-        output = compiled(*inputs, *geometry)
-        expected = gated_linear_attention(*inputs, layout, order=order)
+    for height, width, text, order in ((5, 6, 7, "rows"), (7, 3, 11, "columns"), (9, 13, 20, "columns")):
+        layout = make_layout(text, height, width)
+        inputs = make_gated_inputs(layout)
+        state = make_initial_state(inputs).requires_grad_() if with_state else None
+        inputs = [x.requires_grad_() for x in inputs]
+        path = scan_paths.scan_path("bidirectional", order)
+        shapes = torch.empty(height, width), torch.empty(text), torch.empty(0, path)
+        geometry = (layout,) if given == "as a layout" else shapes
+        output = compiled(*inputs, state, *geometry)
+        order = order if given == "as shapes" else "rows"
+        expected = gated_linear_attention(*inputs, layout, initial_state=state, order=order)
         torch.testing.assert_close(output, expected)
-        gradients = torch.autograd.grad(output.square().sum(), inputs)
-        torch.testing.assert_close(gradients, torch.autograd.grad(expected.square().sum(), inputs))
+        leaves = [*inputs, state] if with_state else inputs
+        gradients = torch.autograd.grad(output.square().sum(), leaves)
+        torch.testing.assert_close(gradients, torch.autograd.grad(expected.square().sum(), leaves))
     assert counter.frame_count <= 2  # one in torch 2.13; 2.15 compiles a second time, not once per size
 
 

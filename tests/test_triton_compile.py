@@ -42,6 +42,7 @@ def test_variants_fit(flags: dict[str, bool]) -> None:
         if name.endswith("wide"):  # never launched so
             continue
         result = windowed.compile_kernel(name, tiles, 128, torch.bfloat16, 90, **flags)
+        assert result.spills == 0, f"{name}: {result}"
         assert result.shared <= CHIPS[90], f"{name}: {result}"
         assert result.loops == result.asynchronous >= 2, f"{name}: {result}"
 
@@ -75,10 +76,12 @@ def test_linear_attention_fits(chip: int, head_dim: int, dtype: torch.dtype) -> 
 )
 def test_gated_kernels_fit(chip: int, head_dim: int, dtype: torch.dtype, per_head: bool) -> None:
     # The five levels of a half, unrolled, keep more than the registers hold: some words per thread in local memory.
-    spills = {"weights": 72 if head_dim % 16 == 0 else 96, "gradients": 208}
+    spills = (
+        {"weights": 72, "gradients": 208} if head_dim % 16 == 0 else {"weights": 96, "gradients": 208, "output": 12}
+    )
     for name in gated.PER_HEAD if per_head else gated.LAUNCHES:
         result = gated.compile_launch(name, head_dim, dtype, chip)
         assert result.spills <= spills.get(name.removesuffix(", a gate per head"), 0), f"{name}: {result}"
-        assert result.loop_spills <= (80 if head_dim % 16 == 0 else 96), f"{name}: {result}"
+        assert result.loop_spills <= 96, f"{name}: {result}"
         assert result.shared <= CHIPS[chip], f"{name}: {result}"
         assert result.products in ("mma.sync", "none"), f"{name}: {result}"

@@ -148,6 +148,16 @@ def test_initial_state(name, options, per_head):
     assert_as_accurate(ours(layout, impl="triton", **options), spec(layout, **options), inputs)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.usefixtures("short_chunks")
+def test_initial_state_in_half_precision_and_several_launches(dtype, monkeypatch):
+    monkeypatch.setattr(kernels, "_WORKSPACE", 1)
+    layout = LAYOUTS["odd grid"]
+    inputs = make_gated_inputs(layout, dtype, batch=2, heads=1)
+    inputs.append(make_initial_state(inputs))
+    assert_as_accurate(ours(layout, impl="triton"), spec(layout), inputs)
+
+
 @pytest.mark.parametrize("feature_map", ["softmax", "elu"])
 @pytest.mark.usefixtures("short_chunks")
 def test_masks_and_other_features(feature_map):
@@ -229,7 +239,9 @@ def test_operator_registration(counted, per_head):
     query, key, value, gate = make_gated_inputs(TokenLayout.image((1, 3, 5)), batch=1, heads=1, per_head=per_head)
     inputs = [x.requires_grad_() for x in (query, key, value[..., :9], gate)]
     settings = (3, 5, True, scan_path("bidirectional", "columns"), "relu", "relu", counted)
-    torch.library.opcheck(kernels.gated_attention_triton, (*inputs, *settings))
+    state = torch.rand(2, 1, 1, 16, 9 + counted, requires_grad=True)
+    for initial in (None, state):
+        torch.library.opcheck(kernels.gated_attention_triton, (*inputs, initial, *settings))
 
 
 @pytest.mark.parametrize("text", [0, 3])

@@ -49,13 +49,14 @@ _SETTINGS = "SymInt height, SymInt width, bool both, SymInt path, str query_feat
 @torch.library.custom_op(
     "diffusers_linattn::gated_attention_triton",
     mutates_args=(),
-    schema=f"({_INPUTS}, {_SETTINGS}) -> (Tensor, Tensor)",
+    schema=f"({_INPUTS}, Tensor? initial_state, {_SETTINGS}) -> (Tensor, Tensor)",
 )
 def gated_attention_triton(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     gate: torch.Tensor,
+    initial_state: torch.Tensor | None,
     height: int,
     width: int,
     both: bool,
@@ -66,11 +67,14 @@ def gated_attention_triton(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights times values over the scan of one grid, the token itself included, and the sums of the weights.
 
-    query and key are (B, H, L, K) in raster order, value (B, H, L, V), gate (B, H, L, K or 1), at most 0.
+    query and key are (B, H, L, K) in raster order, value (B, H, L, V), gate (B, H, L, K or 1), at most 0;
+    initial_state (B, H, K, V), with `both` (2, B, H, K, V), with `counted` one column more, the counts; `None` is 0.
     `query_features` and `key_features` are taken in the kernel: `"none"`, `"relu"` or `"elu"`. The sums are fp32
     (B, H, L, V) in the memory order of (B, L, H, V), the counts fp32 (B, H, L), or empty without `counted`.
     """
-    call = _Call(query, key, value, gate, height, width, both, path, query_features, key_features, counted)
+    call = _Call(
+        query, key, value, gate, initial_state, height, width, both, path, query_features, key_features, counted
+    )
     sums, counts = empty_like(value, torch.float32), call.empty_counts()
     for heads in call.groups(training=False):
         inside = heads.weights()
@@ -86,6 +90,7 @@ def _(
     key: torch.Tensor,
     value: torch.Tensor,
     gate: torch.Tensor,
+    initial_state: torch.Tensor | None,
     height: int,
     width: int,
     both: bool,
@@ -101,7 +106,8 @@ def _(
 @torch.library.custom_op(
     "diffusers_linattn::gated_attention_triton_backward",
     mutates_args=(),
-    schema=f"(Tensor grad, Tensor grad_counts, {_INPUTS}, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema=f"(Tensor grad, Tensor grad_counts, {_INPUTS}, Tensor? initial_state, {_SETTINGS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def gated_attention_triton_backward(
     grad: torch.Tensor,
@@ -110,6 +116,7 @@ def gated_attention_triton_backward(
     key: torch.Tensor,
     value: torch.Tensor,
     gate: torch.Tensor,
+    initial_state: torch.Tensor | None,
     height: int,
     width: int,
     both: bool,
@@ -118,21 +125,28 @@ def gated_attention_triton_backward(
     key_features: str,
     counted: bool,
 ) -> tuple[torch.Tensor, ...]:
-    """The gradients of query, key, value and gate; the same bits in every run."""
-    call = _Call(query, key, value, gate, height, width, both, path, query_features, key_features, counted)
+    """The gradients of query, key, value, gate and initial state, empty without one; the same bits in every run."""
+    call = _Call(
+        query, key, value, gate, initial_state, height, width, both, path, query_features, key_features, counted
+    )
     grad, grad_counts = adjacent(grad), grad_counts.contiguous()
     dquery, dkey, dvalue = empty_like(query), empty_like(key), empty_like(value)
     # A gate shared by all channels gets one part of its gradient per block of channels.
     dgate = query.new_empty(*query.shape[:3], call.key_blocks if call.scalar else query.shape[3], dtype=torch.float32)
+    dinitial = query.new_empty((0,) if call.initial is None else call.initial.shape, dtype=torch.float32)
     for heads in call.groups(training=True):
         inside = heads.weights()
         states = heads.states(inside.keys, inside, call.value)
         grad_states = heads.states(inside.queries, inside, grad, grad_counts)
         heads.output(inside.keys, inside, grad, grad_states, dvalue)
         heads.gradients(grad, grad_counts, inside, states, grad_states, dquery, dkey, dgate)
+        if call.initial is not None:
+            heads.initial_gradient(grad_states, dinitial)
         del inside, states, grad_states
     dgate = dgate.sum(3, keepdim=True) if call.scalar else dgate
-    return dquery, dkey, dvalue, dgate.to(gate.dtype)
+    if initial_state is not None:
+        dinitial = dinitial.reshape(initial_state.shape).to(initial_state.dtype)
+    return dquery, dkey, dvalue, dgate.to(gate.dtype), dinitial
 
 
 @gated_attention_triton_backward.register_fake
@@ -143,22 +157,24 @@ def _(
     key: torch.Tensor,
     value: torch.Tensor,
     gate: torch.Tensor,
+    initial_state: torch.Tensor | None,
     *_: object,
 ) -> tuple[torch.Tensor, ...]:
+    others = (gate, grad.new_empty(0) if initial_state is None else initial_state)
     return (
         *(empty_like(x) for x in (query, key, value)),
-        torch.empty_like(gate, memory_format=torch.contiguous_format),
+        *(torch.empty_like(x, memory_format=torch.contiguous_format) for x in others),
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:4])
-    ctx.settings = inputs[4:]
+    ctx.save_for_backward(*inputs[:5])
+    ctx.settings = inputs[5:]
 
 
 def _backward(ctx: Any, grad: torch.Tensor, grad_counts: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    gradients = gated_attention_triton_backward(grad, grad_counts, *ctx.saved_tensors, *ctx.settings)
-    return (*gradients, *[None] * 7)
+    *gradients, dinitial = gated_attention_triton_backward(grad, grad_counts, *ctx.saved_tensors, *ctx.settings)
+    return (*gradients, None if ctx.saved_tensors[4] is None else dinitial, *[None] * 7)
 
 
 gated_attention_triton.register_autograd(_backward, setup_context=_setup_context)
@@ -173,6 +189,7 @@ class _Call:
         key: torch.Tensor,
         value: torch.Tensor,
         gate: torch.Tensor,
+        initial_state: torch.Tensor | None,
         height: int,
         width: int,
         both: bool,
@@ -182,6 +199,10 @@ class _Call:
         counted: bool,
     ) -> None:
         self.query, self.key, self.value, self.gate = (adjacent(x) for x in (query, key, value, gate))
+        self.initial = None
+        if initial_state is not None:  # (2 | 1, heads of all samples, K, V | V + 1)
+            heads = query.shape[0] * query.shape[1]
+            self.initial = initial_state.float().reshape(1 + both, heads, *initial_state.shape[-2:])
         self.both, self.counted = both, counted
         self.query_features, self.key_features = query_features, key_features
         self.scalar = gate.shape[3] == 1 != query.shape[3]
@@ -220,7 +241,8 @@ class _Inside(NamedTuple):
     decays: torch.Tensor
 
 
-# The states that leave each chunk, and what they hold for values of 1.
+# The states that leave each chunk, and what they hold for values of 1; before and behind them two places, of which the
+# one where a direction begins has the state that it begins with.
 _States = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -256,7 +278,7 @@ class _Heads:
         from diffusers_linattn.kernels.gated_states import scan_kernel, states_kernel
 
         call, gradient = self.call, weight is not None
-        shape = (*decayed.shape[:2], call.chunks, decayed.shape[4])
+        shape = (*decayed.shape[:2], call.chunks + 2, decayed.shape[4])
         states = decayed.new_empty(*shape, value.shape[3])
         counts = decayed.new_empty(shape if call.counted else (0,), dtype=torch.float32)
         blocks, dims = product_blocks(decayed.dtype), (decayed.shape[4], value.shape[3])
@@ -270,9 +292,23 @@ class _Heads:
         rows, columns = SCAN
         grid = (-(-dims[0] // rows) * -(-dims[1] // columns), self.number, 1 + call.both)
         left = int(gradient and not call.both)
-        settings = [call.chunks, left, *dims, rows, columns, call.scalar, call.counted, call.precision]
-        self._run(scan_kernel, grid, states, counts, inside.decays, *settings)
+        initial = None
+        if call.initial is not None and not gradient:
+            initial = call.initial[:, self.first : self.first + self.number].contiguous()
+        settings = [call.chunks, left, *dims, rows, columns, call.scalar, call.counted, initial is not None]
+        tensors = (states, counts, inside.decays, inside.decays if initial is None else initial)
+        self._run(scan_kernel, grid, *tensors, *settings, call.precision)
         return states, counts
+
+    def initial_gradient(self, grad_states: _States, dinitial: torch.Tensor) -> None:
+        """What of the gradients leaves the path where the states begin, written to these heads of `dinitial`."""
+        call, (states, counts) = self.call, grad_states
+        for direction, place in enumerate((1, call.chunks)[: 1 + call.both]):
+            opposite = 1 - direction if call.both else 0
+            target = dinitial[direction, self.first : self.first + self.number]
+            target[..., : call.value.shape[3]] = states[opposite, :, place]
+            if call.counted:
+                target[..., -1] = counts[opposite, :, place]
 
     def output(
         self,

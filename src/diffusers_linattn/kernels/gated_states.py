@@ -59,9 +59,9 @@ def states_kernel(
 ):
     """What each chunk adds to the states that leave it. Grid (chunks, blocks of K times blocks of V, heads).
 
-    decayed and decays as `weights_kernel` writes them; states (2 | 1, heads, chunks, K, V), counts the same without V.
-    With `GRADIENT`, decayed are the queries, value is the output's gradient and the count of a token is its `weight`
-    (all heads, tokens); else it is 1.
+    decayed and decays as `weights_kernel` writes them; states (2 | 1, heads, chunks + 2, K, V), as `state_row` says,
+    counts the same without V. With `GRADIENT`, decayed are the queries, value is the output's gradient and the count
+    of a token is its `weight` (all heads, tokens); else it is 1.
     """
     chunk, slot, head = tl.program_id(0), tl.program_id(2).to(tl.int64), (first_head + tl.program_id(2)).to(tl.int64)
     batch, own_head = head // heads, head % heads
@@ -91,7 +91,7 @@ def states_kernel(
         else:
             state = tl.dot(tl.trans(x0), v0, input_precision=PRECISION) * decay[:, None]
             state = tl.dot(tl.trans(x1), v1, state, input_precision=PRECISION)
-        row, exists = state_row(DIRECTION, slot, chunks, chunk, channel, KEY_DIM)
+        row, exists = state_row(DIRECTION, slot, chunks, chunk, channel, KEY_DIM), channel < KEY_DIM
         pointers = states + row[:, None] * VALUE_DIM + column[None, :]
         tl.store(pointers, state.to(dtype), mask=exists[:, None] & (column < VALUE_DIM)[None, :])
         if COUNTED:
@@ -112,6 +112,7 @@ def scan_kernel(
     states,
     counts,
     decays,
+    initial,
     chunks,
     left,
     KEY_DIM: tl.constexpr,
@@ -120,12 +121,14 @@ def scan_kernel(
     BLOCK_V: tl.constexpr,
     SCALAR: tl.constexpr,
     COUNTED: tl.constexpr,
+    HAS_INITIAL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Turn what each chunk adds to states and counts into what leaves it, in place.
 
     Grid (blocks of K times blocks of V, heads, 2 | 1). The first direction runs right unless `left` is 1, the second
-    runs left.
+    runs left. They begin with 0, or with `HAS_INITIAL` with initial (2 | 1, heads, K, V), fp32, which if `COUNTED` has
+    one column more, the count.
     """
     column_blocks: tl.constexpr = (VALUE_DIM + BLOCK_V - 1) // BLOCK_V
     row = tl.program_id(0) // column_blocks * ROWS + tl.arange(0, ROWS)
@@ -135,9 +138,21 @@ def scan_kernel(
     counting = row < tl.where(tl.program_id(0) % column_blocks == 0, KEY_DIM, 0)
     runs_left = tl.maximum(tl.program_id(2), left)
     slot = tl.program_id(1).to(tl.int64)
-    first_of_states = (tl.program_id(2) * tl.num_programs(1) + slot) * chunks
+    own = tl.program_id(2) * tl.num_programs(1) + slot
+    first_of_states = own * (chunks + 2) + 1
     state = tl.zeros([ROWS, BLOCK_V], dtype=tl.float32)
     count = tl.zeros([ROWS], dtype=tl.float32)
+    if HAS_INITIAL:
+        COLUMNS: tl.constexpr = VALUE_DIM + COUNTED
+        initial += own * KEY_DIM * COLUMNS + row * COLUMNS
+        state = tl.load(initial[:, None] + column[None, :], mask=there, other=0.0)
+        if COUNTED:
+            count = tl.load(initial + VALUE_DIM, mask=counting, other=0.0)
+    outside = first_of_states - 1 + runs_left * (chunks + 1)
+    first = as_operand(state, states.dtype.element_ty, PRECISION)
+    tl.store(states + outside * KEY_DIM * VALUE_DIM + element, first, mask=there)
+    if COUNTED:
+        tl.store(counts + outside * KEY_DIM + row, count, mask=counting)
     # Stages load some chunks ahead: nothing else hides their latency.
     for step in tl.range(0, chunks, num_stages=8):
         chunk = step + runs_left * (chunks - 1 - 2 * step)

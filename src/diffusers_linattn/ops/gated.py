@@ -5,8 +5,6 @@ Letters: B batch, H heads, N tokens, D head_dim, K features per head; G tokens i
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 
@@ -27,7 +25,6 @@ from diffusers_linattn.ops.features import FeatureMapArgument, check_features, f
 from diffusers_linattn.ops.gated_choice import choose_impl, why_not_triton
 from diffusers_linattn.ops.gated_chunked import gated_scan
 from diffusers_linattn.ops.gated_fla import fla_scan, load_chunk_gla
-from diffusers_linattn.ops.gated_initial_state import check_initial_state, read_initial_state
 from diffusers_linattn.ops.linear import (
     blend_with_text,
     recomputed,
@@ -159,12 +156,12 @@ def gated_linear_attention(
     check_features(phi_q, phi_k)
     gate = _check_gate(gate, phi_k, key_heads)
     if initial_state is not None:
-        check_initial_state(initial_state, phi_k, value.shape[-1] + normalize, both)
+        _check_initial_state(initial_state, phi_k, value.shape[-1] + normalize, both)
     impl = impl or choose_impl(query, value, phi_k.shape[-1])
     if impl != "chunked":  # which does so itself
         gate = gate.to(torch.promote_types(phi_k.dtype, torch.float32))
     if impl != "reference":
-        refuse_tangents(impl, phi_q, phi_k, value, gate)
+        refuse_tangents(impl, phi_q, phi_k, value, gate, *([] if initial_state is None else [initial_state]))
     if impl == "triton" and (reason := why_not_triton(query, value, phi_k.shape[-1])) is not None:
         raise ValueError(f"impl='triton' cannot answer this call: {reason}.")
 
@@ -196,7 +193,11 @@ def gated_linear_attention(
             factor = query.shape[-1] ** -0.5 if scale is None else scale
             if counts is None:
                 grid = sums * factor
-            elif impl != "chunked" and _blends_in_kernel(query, value, layout, key_mask, feature_map):
+            elif (
+                impl != "chunked"
+                and initial_state is None  # which may make a denominator negative
+                and _blends_in_kernel(query, value, layout, key_mask, feature_map)
+            ):
                 text = text_for_kernels(key, value, layout, key_mask)
                 grid = blend_text(sums, counts[..., 0], take(query, layout.grids), *text, factor)[0]
             else:
@@ -237,25 +238,21 @@ def _sum_over_grids(
         if impl == "triton":
             _, height, width = segment.grid
             output, count = gated_attention_triton(
-                q, k, v, g, height, width, both, path, features, features, normalize
+                q, k, v, g, initial_state, height, width, both, path, features, features, normalize
             )
             count = count[..., None]
         else:
             if impl == "chunked":
                 w = None if weights is None else take(weights, [segment])
-                output = gated_scan(q, k, v, g, *settings, features, normalize, w)
+                output = gated_scan(q, k, v, g, *settings, features, normalize, w, initial_state)
             else:
                 # fp16 has not the range of sums; fla-core keeps those in the dtype of its inputs.
                 v = full_precision(v) if v.dtype == torch.float16 else v
                 if normalize:
                     v = torch.cat([v, torch.ones_like(v[..., :1])], -1)  # a value of 1 adds up the weights
-                output = full_precision(fla_scan(load_chunk_gla(), q.to(v.dtype), k.to(v.dtype), v, g, *settings))
+                inputs = (q.to(v.dtype), k.to(v.dtype), v, g)
+                output = full_precision(fla_scan(load_chunk_gla(), *inputs, *settings, initial_state))
             output, count = output[..., : value.shape[-1]], output[..., value.shape[-1] :]
-        if initial_state is not None:
-            read = partial(read_initial_state, grid=segment.grid, both=both, path=path, features=features)
-            carried = recomputed(read, q, g, initial_state)
-            output = output + carried[..., : value.shape[-1]]
-            count = count + carried[..., value.shape[-1] :] if normalize else count
         sums.append(output)
         counts.append(count)
     if len(layout.grids) == 1:  # without the copy that cat makes
@@ -312,6 +309,19 @@ def _blends_in_kernel(
     if not isinstance(feature_map, str) or (key_mask is not None and key_mask.bias.requires_grad):
         return False
     return text_fits_kernels(query, value, layout) and why_not_triton(query, value, 1) is None
+
+
+def _check_initial_state(initial_state: torch.Tensor, phi_k: torch.Tensor, columns: int, both: bool) -> None:
+    """Raise a ValueError unless it is a state of that many columns for each way that a scan goes."""
+    check_tensor("initial_state", initial_state, phi_k)
+    batch, heads, _, features = phi_k.shape
+    shape = (*((2,) if both else ()), batch, heads, features, columns)
+    if initial_state.shape != shape or not initial_state.is_floating_point():
+        raise ValueError(
+            f"initial_state is {tuple(initial_state.shape)} in {initial_state.dtype}, expected {shape} in a floating "
+            f"dtype: ({'2, ' * both}batch, heads, features, value_dim), and with a denominator one column more, the "
+            "sum of the features of the keys."
+        )
 
 
 def _check_gate(gate: torch.Tensor, phi_k: torch.Tensor, key_heads: int) -> torch.Tensor:

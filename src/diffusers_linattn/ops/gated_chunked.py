@@ -36,6 +36,7 @@ def gated_scan(
     features: str = "none",
     counted: bool = False,
     weights: torch.Tensor | None = None,
+    initial_state: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Σ_j (Σ_d φ(q_i)_d φ(k_j)_d Π a_d) w_j v_j over the keys j up to i on the path, or from it on, a = exp(gate).
 
@@ -54,11 +55,14 @@ def gated_scan(
         features: φ: a name of `reference.FEATURE_MAPS`, or `"none"`.
         counted: Add a column with the sums of the weights.
         weights: w, (B | 1, H | 1, L, 1), without a gradient; `None` is 1.
+        initial_state: What the scan begins with, (B, H, K, V), with `counted` a column more; with `both`
+            (2, B, H, K, V), the second for the scan against the path. `None` is 0.
 
     Returns:
         (B, H, L, V), or V + 1 with `counted`.
     """
-    return _gated_scan(query, key, value, gate, weights, features, counted, grid[1], grid[2], both, path)[0]
+    settings = (features, counted, grid[1], grid[2], both, path)
+    return _gated_scan(query, key, value, gate, weights, initial_state, *settings)[0]
 
 
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor gate, Tensor? weights"
@@ -66,7 +70,9 @@ _SETTINGS = "str features, bool counted, SymInt height, SymInt width, bool both,
 
 
 @torch.library.custom_op(
-    "diffusers_linattn::gated_scan", mutates_args=(), schema=f"({_INPUTS}, {_SETTINGS}) -> (Tensor, Tensor)"
+    "diffusers_linattn::gated_scan",
+    mutates_args=(),
+    schema=f"({_INPUTS}, Tensor? initial_state, {_SETTINGS}) -> (Tensor, Tensor)",
 )
 def _gated_scan(
     query: torch.Tensor,
@@ -74,6 +80,7 @@ def _gated_scan(
     value: torch.Tensor,
     gate: torch.Tensor,
     weights: torch.Tensor | None,
+    initial_state: torch.Tensor | None,
     features: str,
     counted: bool,
     height: int,
@@ -86,13 +93,15 @@ def _gated_scan(
     inputs = _Inputs.on_path(query, key, value, gate, weights, direction, order, height, width, features, counted)
     output = inputs.zeros(value.shape[3] + counted)
     state, starts = output.new_zeros(_num_scans(query, both), key.shape[3], output.shape[3]), []
+    if initial_state is not None:
+        state.copy_(initial_state.reshape(state.shape))
     for slab in _slabs(query.shape[2]):
         starts.append(state.clone())
         q, k, v, g = inputs.read(slab)
         slab_output, state = scan_slab(q, k, v, g, state)
         _add_own(slab_output, q, k, v, output.shape[0] * output.shape[1])
         _add(output, slab_output, slab, direction)
-    return from_path(output, order, height, width), torch.stack(starts, 1)
+    return _from_path(output, order, height, width), torch.stack(starts, 1)
 
 
 @_gated_scan.register_fake
@@ -102,6 +111,7 @@ def _(
     value: torch.Tensor,
     gate: torch.Tensor,
     weights: torch.Tensor | None,
+    initial_state: torch.Tensor | None,
     features: str,
     counted: bool,
     height: int,
@@ -117,7 +127,7 @@ def _(
 @torch.library.custom_op(
     "diffusers_linattn::gated_scan_backward",
     mutates_args=(),
-    schema=f"(Tensor grad, Tensor starts, {_INPUTS}, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema=f"(Tensor grad, Tensor starts, {_INPUTS}, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _gated_scan_backward(
     grad: torch.Tensor,
@@ -134,11 +144,12 @@ def _gated_scan_backward(
     both: bool,
     path: int,
 ) -> tuple[torch.Tensor, ...]:
+    """The gradients of query, key, value, gate and initial state, the latter fp32 or fp64 (S, K, V)."""
     with torch.autocast(query.device.type, enabled=False):  # a backward pass may run inside the user's autocast
         direction, order = describe_path(path, both)
         inputs = _Inputs.on_path(query, key, value, gate, weights, direction, order, height, width, features, counted)
         gradients = [inputs.zeros(x.shape[3]) for x in (query, key, grad, gate)]
-        grad = to_path(grad, order, height, width)
+        grad = _to_path(grad, order, height, width)
         d_state = torch.zeros_like(starts[:, 0])
         for index, slab in reversed(list(enumerate(_slabs(query.shape[2])))):
             q, k, v, g = inputs.read(slab)
@@ -147,7 +158,7 @@ def _gated_scan_backward(
             _add_own_gradients(dq, dk, dv, q, k, v, do, grad.shape[0] * grad.shape[1])
             for gradient, slab_gradient in zip(gradients, (dq, dk, dv, dg), strict=True):
                 _add(gradient, slab_gradient, slab, direction)
-        dq, dk, dv, dg = (from_path(gradient, order, height, width) for gradient in gradients)
+        dq, dk, dv, dg = (_from_path(gradient, order, height, width) for gradient in gradients)
         dk = dk if weights is None else dk.mul_(weights)
         results = (
             _features_backward(dq, query, features),
@@ -155,7 +166,8 @@ def _gated_scan_backward(
             dv[..., : value.shape[3]],
             dg.masked_fill_(gate < LOWEST_GATE, 0),
         )
-        return tuple(x.to(of.dtype).contiguous() for x, of in zip(results, (query, key, value, gate), strict=True))
+        like = (query, key, value, gate)
+        return *(x.to(of.dtype).contiguous() for x, of in zip(results, like, strict=True)), d_state
 
 
 @_gated_scan_backward.register_fake
@@ -168,16 +180,20 @@ def _(
     gate: torch.Tensor,
     *_: object,
 ) -> tuple[torch.Tensor, ...]:
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value, gate))
+    like = (query, key, value, gate, starts[:, 0])
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in like)
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    ctx.settings = inputs[5:]
-    ctx.save_for_backward(output[1], *inputs[:5])
+    ctx.settings = inputs[6:]
+    ctx.save_for_backward(output[1], *inputs[:6])
 
 
 def _backward(ctx, grad, _grad_starts):  # type: ignore[no-untyped-def]
-    return *_gated_scan_backward(grad, *ctx.saved_tensors, *ctx.settings), *[None] * 7
+    *saved, initial_state = ctx.saved_tensors
+    *gradients, d_state = _gated_scan_backward(grad, *saved, *ctx.settings)
+    d_state = None if initial_state is None else d_state.reshape(initial_state.shape).to(initial_state.dtype)
+    return *gradients, None, d_state, *[None] * 6
 
 
 _gated_scan.register_autograd(_backward, setup_context=_setup_context)
@@ -211,9 +227,9 @@ class _Inputs:
         features: str,
         counted: bool,
     ) -> _Inputs:
-        q, k, v, g = (to_path(x, order, height, width) for x in (query, key, value, gate))
+        q, k, v, g = (_to_path(x, order, height, width) for x in (query, key, value, gate))
         if weights is not None:
-            weights = to_path(weights.expand(*key.shape[:3], 1), order, height, width)
+            weights = _to_path(weights.expand(*key.shape[:3], 1), order, height, width)
         return cls(q, k, v, g, weights, direction, features, counted)
 
     def zeros(self, channels: int) -> torch.Tensor:
@@ -271,16 +287,16 @@ def _add_own_gradients(
     dv[:scans].addcmul_((q * k).sum(-1, keepdim=True), grad)
 
 
-def to_path(x: torch.Tensor, order: str, height: int, width: int) -> torch.Tensor:
+def _to_path(x: torch.Tensor, order: str, height: int, width: int) -> torch.Tensor:
     """(B, H, L, …) from raster order to the order that the path visits; frames are always the outermost loop."""
     if order == "rows":
         return x
     return x.unflatten(2, (-1, height, width)).transpose(3, 4).flatten(2, 4)
 
 
-def from_path(x: torch.Tensor, order: str, height: int, width: int) -> torch.Tensor:
-    """The inverse of [`to_path`]."""
-    return to_path(x, order, width, height).contiguous()
+def _from_path(x: torch.Tensor, order: str, height: int, width: int) -> torch.Tensor:
+    """The inverse of [`_to_path`]."""
+    return _to_path(x, order, width, height).contiguous()
 
 
 def _num_scans(query: torch.Tensor, both: bool) -> int:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 
 from diffusers_linattn.kernels.scan_paths import describe_path
+from diffusers_linattn.ops.features import full_precision
 
 
 Scan = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
@@ -26,6 +27,7 @@ def fla_scan(
     grid: tuple[int, int, int],
     both: bool,
     path: int,
+    initial_state: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Weights times values over the scan of one grid, the token itself included: (B, H, L, V) in the value's dtype.
 
@@ -38,16 +40,21 @@ def fla_scan(
         grid: (frames, height, width) with L tokens.
         both: Add the scans both ways.
         path: What [`scan_path`] gives.
+        initial_state: What the scan begins with, (B, H, K, V); with `both` (2, B, H, K, V). `None` is 0.
     """
     direction, order = describe_path(path, both)
     tokens = torch.arange(query.shape[2], device=query.device).reshape(grid)
     tokens = (tokens if order == "rows" else tokens.transpose(1, 2)).reshape(-1)
     inputs = [x.transpose(1, 2) for x in (query, key, value, gate.expand_as(key))]
+    ways = {"forward": tokens, "backward": tokens.flip(0)}
+    paths = list(ways.values()) if both else [ways[direction]]
+    states = [None] * len(paths)
+    if initial_state is not None:
+        states = list(full_precision(initial_state if both else initial_state[None]))
     output = torch.zeros_like(inputs[2])
-    for name, visited in (("forward", tokens), ("backward", tokens.flip(0))):
-        if direction in (name, "bidirectional"):
-            scanned, _ = chunk_gla(*(x[:, visited] for x in inputs), scale=1.0)
-            output = output.index_add(1, visited, scanned.to(output.dtype))
+    for visited, state in zip(paths, states, strict=True):
+        scanned, _ = chunk_gla(*(x[:, visited] for x in inputs), scale=1.0, initial_state=state)
+        output = output.index_add(1, visited, scanned.to(output.dtype))
     if both:  # each of the two counts the token itself
         output = output - ((inputs[0] * inputs[1]).sum(-1, keepdim=True) * inputs[2]).to(output.dtype)
     return output.transpose(1, 2)

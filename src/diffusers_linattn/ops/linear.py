@@ -286,7 +286,7 @@ def recomputed(function: Callable[..., torch.Tensor], *tensors: torch.Tensor) ->
 
     Features in fp32 and sums over all tokens are many times the inputs to keep, and little to compute again.
     """
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or not any(x.requires_grad for x in tensors):
         return function(*tensors)
     return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
 

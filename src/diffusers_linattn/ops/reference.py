@@ -19,7 +19,8 @@ FeatureMap = Callable[[torch.Tensor], torch.Tensor]
 EPS = 1e-6
 
 FEATURE_MAPS: dict[str, FeatureMap] = {
-    "relu": lambda x: torch.relu(x) + EPS,
+    # EPS as it stands: Dynamo (torch 2.13) takes a global for a symbol, and fails where recomputed parts have it, too.
+    "relu": lambda x: torch.relu(x) + 1e-6,
     "elu": lambda x: torch.nn.functional.elu(x) + 1,
     "softmax": lambda x: torch.softmax(x, dim=-1),
 }
