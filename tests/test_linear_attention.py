@@ -301,14 +301,16 @@ def test_large_scores_of_either_sign():
         )
 
 
-@pytest.mark.parametrize("feature_map", ["relu", "softmax", "learned"])
+@pytest.mark.parametrize("feature_map", ["relu", "softmax", "learned", "learned, of frozen inputs"])
 @pytest.mark.parametrize("text", [0, 7])
 def test_training_keeps_the_inputs_alone(text, feature_map):
     """Not the features, nor the sums over all tokens, which are computed again in the backward pass."""
     layout = TokenLayout.joint(text=text, grid=(1, 32, 32))
-    query, key, value = (x.requires_grad_() for x in make_inputs(layout, torch.bfloat16))
+    trained = [x.requires_grad_("frozen" not in feature_map) for x in make_inputs(layout, torch.bfloat16)]
+    query, key, value = trained
     projection = torch.nn.Linear(16, 16, bias=False, dtype=torch.bfloat16)
-    if feature_map == "learned":
+    if feature_map.startswith("learned"):
+        trained = [projection.weight] if "frozen" in feature_map else [*trained, projection.weight]
         feature_map = (lambda x: projection(x).exp(), lambda x: projection(x).exp())
     kept = {}
 
@@ -322,7 +324,7 @@ def test_training_keeps_the_inputs_alone(text, feature_map):
         kept.pop(x.untyped_storage().data_ptr(), None)
     # What remains belongs to the text queries, 16 channels and a number each, and to the learned map.
     assert sum(storage.nbytes() for storage in kept.values()) <= 4 * (4 * text * 17 + text) + 2 * 16 * 16
-    gradients = torch.autograd.grad(output.sum(), (query, key, value))
+    gradients = torch.autograd.grad(output.sum(), trained)
     assert all(x.isfinite().all() for x in gradients)
 
 

@@ -286,7 +286,9 @@ def recomputed(function: Callable[..., torch.Tensor], *tensors: torch.Tensor) ->
 
     Features in fp32 and sums over all tokens are many times the inputs to keep, and little to compute again.
     """
-    if not torch.is_grad_enabled() or not any(x.requires_grad for x in tensors):
+    # What is compiled without a backward pass must not ask for one; learned features may, where no input does.
+    frozen = torch.compiler.is_compiling() and not any(x.requires_grad for x in tensors)
+    if frozen or not torch.is_grad_enabled():
         return function(*tensors)
     return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
 
