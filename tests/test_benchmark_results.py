@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from PIL import Image
 
 
@@ -43,9 +42,8 @@ def test_a_table_and_a_picture(tmp_path: Path) -> None:
         assert picture.width > picture.height > 100
 
 
-@pytest.mark.parametrize("name", ["dit-cpu"])
-def test_what_is_stored(name: str, tmp_path: Path) -> None:
-    result = BENCHMARKS / "results" / f"{name}.json"
+def test_what_is_stored(tmp_path: Path) -> None:
+    result = BENCHMARKS / "results" / "dit-cpu.json"
     rows = json.loads(result.read_text())["rows"]
     assert len(show(result).stdout.splitlines()) == 4 + len(rows)
     refused = show(result, "--plot", tmp_path / "picture.png")

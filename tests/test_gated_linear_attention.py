@@ -599,7 +599,7 @@ def test_does_not_compile_once_per_size(given, make_layout, with_state):
     """Neither once per order of the scan, where that is a shape."""
 
     def of_layout(query, key, value, gate, state, layout):
-        return gated_linear_attention(query, key, value, gate, layout, initial_state=state)
+        return gated_linear_attention(query, key, value, gate, layout, initial_state=state, order="columns")
 
     def of_shapes(query, key, value, gate, state, grid, text, path):
         layout = make_layout(text.shape[0], *grid.shape)
@@ -619,7 +619,7 @@ def test_does_not_compile_once_per_size(given, make_layout, with_state):
         shapes = torch.empty(height, width), torch.empty(text), torch.empty(0, path)
         geometry = (layout,) if given == "as a layout" else shapes
         output = compiled(*inputs, state, *geometry)
-        order = order if given == "as shapes" else "rows"
+        order = order if given == "as shapes" else "columns"
         expected = gated_linear_attention(*inputs, layout, initial_state=state, order=order)
         torch.testing.assert_close(output, expected)
         leaves = [*inputs, state] if with_state else inputs

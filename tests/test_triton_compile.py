@@ -76,12 +76,10 @@ def test_linear_attention_fits(chip: int, head_dim: int, dtype: torch.dtype) -> 
 )
 def test_gated_kernels_fit(chip: int, head_dim: int, dtype: torch.dtype, per_head: bool) -> None:
     # The five levels of a half, unrolled, keep more than the registers hold: some words per thread in local memory.
-    spills = (
-        {"weights": 72, "gradients": 208} if head_dim % 16 == 0 else {"weights": 96, "gradients": 208, "output": 12}
-    )
+    spills = {"weights": 72 if head_dim % 16 == 0 else 96, "gradients": 208}
     for name in gated.PER_HEAD if per_head else gated.LAUNCHES:
         result = gated.compile_launch(name, head_dim, dtype, chip)
         assert result.spills <= spills.get(name.removesuffix(", a gate per head"), 0), f"{name}: {result}"
-        assert result.loop_spills <= 96, f"{name}: {result}"
+        assert result.loop_spills <= 88, f"{name}: {result}"
         assert result.shared <= CHIPS[chip], f"{name}: {result}"
         assert result.products in ("mma.sync", "none"), f"{name}: {result}"

@@ -167,8 +167,13 @@ def load_decay(decays, slot, chunks, run, channel, KEY_DIM: tl.constexpr, SCALAR
 
 @triton.jit
 def state_row(direction, slot, chunks, chunk, channel, KEY_DIM: tl.constexpr):
-    """Rows (K,) of the state that leaves a chunk; chunks -1 and `chunks`, outside of the path, leave the first one."""
-    return ((direction * tl.num_programs(2).to(tl.int64) + slot) * (chunks + 2) + chunk + 1) * KEY_DIM + channel
+    """Rows (K,) of the state that leaves a chunk, and which of them exist.
+
+    Chunks -1 and `chunks`, outside of the path, leave what the scan begins with; there are no others.
+    """
+    row = ((direction * tl.num_programs(2).to(tl.int64) + slot) * (chunks + 2) + chunk + 1) * KEY_DIM + channel
+    # Later chunks are never asked for, but compilers that are told so keep fewer numbers in local memory.
+    return row, channel < tl.where(chunk <= chunks, KEY_DIM, 0)
 
 
 @triton.jit
@@ -176,13 +181,13 @@ def load_state(
     states, direction, slot, chunks, chunk, channel, column, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr
 ):
     """The state (K, V) that leaves a chunk, of states (directions, heads of the launch, chunks + 2, K, V)."""
-    row = state_row(direction, slot, chunks, chunk, channel, KEY_DIM)
+    row, exists = state_row(direction, slot, chunks, chunk, channel, KEY_DIM)
     pointers = states + row[:, None] * VALUE_DIM + column[None, :]
-    return tl.load(pointers, mask=(channel < KEY_DIM)[:, None] & (column < VALUE_DIM)[None, :], other=0.0)
+    return tl.load(pointers, mask=exists[:, None] & (column < VALUE_DIM)[None, :], other=0.0)
 
 
 @triton.jit
 def load_count(counts, direction, slot, chunks, chunk, channel, KEY_DIM: tl.constexpr):
     """What the state (K,) that leaves a chunk holds for a value of 1."""
-    row = state_row(direction, slot, chunks, chunk, channel, KEY_DIM)
-    return tl.load(counts + row, mask=channel < KEY_DIM, other=0.0)
+    row, exists = state_row(direction, slot, chunks, chunk, channel, KEY_DIM)
+    return tl.load(counts + row, mask=exists, other=0.0)

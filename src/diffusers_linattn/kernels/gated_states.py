@@ -91,7 +91,7 @@ def states_kernel(
         else:
             state = tl.dot(tl.trans(x0), v0, input_precision=PRECISION) * decay[:, None]
             state = tl.dot(tl.trans(x1), v1, state, input_precision=PRECISION)
-        row, exists = state_row(DIRECTION, slot, chunks, chunk, channel, KEY_DIM), channel < KEY_DIM
+        row, exists = state_row(DIRECTION, slot, chunks, chunk, channel, KEY_DIM)
         pointers = states + row[:, None] * VALUE_DIM + column[None, :]
         tl.store(pointers, state.to(dtype), mask=exists[:, None] & (column < VALUE_DIM)[None, :])
         if COUNTED:

@@ -23,13 +23,13 @@ from diffusers_linattn.kernels.tile_addressing import (
     load_runs,
     load_scales,
     load_segment,
+    locate_tile,
     own_slot,
     own_tile,
     query_position,
     room_in_window,
     store_rows,
     tile_coordinates,
-    unpack_place,
 )
 
 
@@ -78,12 +78,10 @@ def _key_tiles(
     row_unit, column_unit, frames, limit = load_scales(pair)
     place = tl.load(places + first)
     for i in range(first, last):
-        frame0, row0, column0 = unpack_place(place)
+        frame0, row0, column0, token0, in_rows, in_columns = locate_tile(
+            place, start, stop, frame_tokens, row_tokens, height, width, token, row, column, QUERY_FRAMES
+        )
         place = tl.load(places + i + 1)
-        token0 = start + frame0 * frame_tokens + row0 * row_tokens + column0
-        in_rows, in_columns = row < height - row0, column < width - column0
-        if QUERY_FRAMES > 1:
-            in_rows &= token < stop - token0
         there = in_rows & in_columns
         q = load_rows(query + token0.to(tl.int64) * stride_qn + query_offsets, there, HEAD_DIM, BLOCK_DIM, CUT)
         # Numbers of the tile's first query for those that do not exist: cheaper than a mask, and they get no weight.

@@ -90,6 +90,20 @@ def unpack_place(place):
 
 
 @triton.jit
+def locate_tile(place, start, stop, frame_tokens, row_tokens, height, width, token, row, column, FRAMES: tl.constexpr):
+    """Frame, row, column and token that a place's tile begins with, and which of its rows and columns exist, (M,).
+
+    token, row and column are those of the tile's tokens within it; the others are of `load_segment`.
+    """
+    frame0, row0, column0 = unpack_place(place)
+    token0 = start + frame0 * frame_tokens + row0 * row_tokens + column0
+    in_rows, in_columns = row < height - row0, column < width - column0
+    if FRAMES > 1:
+        in_rows &= token < stop - token0
+    return frame0, row0, column0, token0, in_rows, in_columns
+
+
+@triton.jit
 def load_rows(pointers, there, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, MASKED: tl.constexpr = True):
     """(M, BLOCK_DIM) vectors, 0 where a token or a channel does not exist; without MASKED all tokens do."""
     return load_existing(pointers, there, tl.arange(0, BLOCK_DIM), HEAD_DIM, MASKED)
@@ -177,11 +191,9 @@ def visit_keys(
     """
     frame, row, column = tile_coordinates(FRAMES, ROWS, COLUMNS)
     token = frame * frame_tokens + row * row_tokens + column
-    frame0, row0, column0 = unpack_place(place)
-    token0 = start + frame0 * frame_tokens + row0 * row_tokens + column0
-    in_rows, in_columns = row < height - row0, column < width - column0
-    if FRAMES > 1:
-        in_rows &= token < stop - token0
+    frame0, row0, column0, token0, in_rows, in_columns = locate_tile(
+        place, start, stop, frame_tokens, row_tokens, height, width, token, row, column, FRAMES
+    )
     there = in_rows & in_columns
     k = load_rows(key + token0.to(tl.int64) * stride_kn + key_offsets, there, HEAD_DIM, BLOCK_DIM, CUT)
     v = load_rows(value + token0.to(tl.int64) * stride_vn + value_offsets, there, HEAD_DIM, BLOCK_DIM, CUT)

@@ -193,11 +193,7 @@ def gated_linear_attention(
             factor = query.shape[-1] ** -0.5 if scale is None else scale
             if counts is None:
                 grid = sums * factor
-            elif (
-                impl != "chunked"
-                and initial_state is None  # which may make a denominator negative
-                and _blends_in_kernel(query, value, layout, key_mask, feature_map)
-            ):
+            elif impl != "chunked" and _blends_in_kernel(query, value, initial_state, layout, key_mask, feature_map):
                 text = text_for_kernels(key, value, layout, key_mask)
                 grid = blend_text(sums, counts[..., 0], take(query, layout.grids), *text, factor)[0]
             else:
@@ -300,13 +296,16 @@ def _takes_features(impl: str, feature_map: FeatureMapArgument, layout: TokenLay
 def _blends_in_kernel(
     query: torch.Tensor,
     value: torch.Tensor,
+    initial_state: torch.Tensor | None,
     layout: TokenLayout,
     key_mask: KeyMask | None,
     feature_map: FeatureMapArgument | None,
 ) -> bool:
     """Whether a kernel divides and adds the text: it has no gradient for a mask, and keeps logarithms of denominators,
-    which callables may make negative."""
-    if not isinstance(feature_map, str) or (key_mask is not None and key_mask.bias.requires_grad):
+    which callables and an initial state may make negative."""
+    if not isinstance(feature_map, str) or initial_state is not None:
+        return False
+    if key_mask is not None and key_mask.bias.requires_grad:
         return False
     return text_fits_kernels(query, value, layout) and why_not_triton(query, value, 1) is None
 
