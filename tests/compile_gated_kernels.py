@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from diffusers_linattn.kernels.gated_attention import BLOCK, CHUNK, SCAN, choose_warps, product_blocks
+from diffusers_linattn.kernels.gated_attention import BLOCK, CHUNK, OUTPUT, SCAN, choose_warps, state_blocks
 
 from compiled_kernels import CHIPS, TYPES, Compiled, compile_for
 
@@ -49,8 +49,10 @@ def compile_launch(name: str, head_dim: int, dtype: torch.dtype, chip: int) -> C
     half = dtype == torch.bfloat16
     precision = "tf32" if dtype == torch.float16 else "ieee"
     blocks = BLOCK, 32
-    if kernel_name in ("states_kernel", "output_kernel"):
-        blocks = product_blocks(torch.bfloat16 if half else torch.float32)
+    if kernel_name == "states_kernel":
+        blocks = state_blocks(torch.bfloat16 if half else torch.float32, head_dim)
+    elif kernel_name == "output_kernel":
+        blocks = OUTPUT
     elif kernel_name == "scan_kernel":
         blocks = SCAN
     constants: dict[str, Any] = {

@@ -28,6 +28,7 @@ _WORKSPACE = 2**31
 # Features that a program works on at a time where it computes decays: more need too many registers.
 BLOCK = 16
 SCAN = (16, 64)  # rows and columns of a state that a program follows
+OUTPUT = (16, 64)  # of the states that a program reads at a time
 
 
 def choose_warps(dtype: torch.dtype, precision: str) -> int:
@@ -37,9 +38,9 @@ def choose_warps(dtype: torch.dtype, precision: str) -> int:
     return 8 if dtype == torch.float32 and precision == "ieee" else 2
 
 
-def product_blocks(dtype: torch.dtype) -> tuple[int, int]:
-    """Features and value columns that a program works on at a time where it multiplies matrices alone."""
-    return 32, 64 if dtype == torch.bfloat16 else 32
+def state_blocks(dtype: torch.dtype, value_dim: int) -> tuple[int, int]:
+    """Rows and columns of the states that a program makes, of operands of a dtype: as many as registers hold."""
+    return 32, 128 if dtype == torch.bfloat16 and value_dim > 64 else 64
 
 
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor gate"
@@ -281,7 +282,8 @@ class _Heads:
         shape = (*decayed.shape[:2], call.chunks + 2, decayed.shape[4])
         states = decayed.new_empty(*shape, value.shape[3])
         counts = decayed.new_empty(shape if call.counted else (0,), dtype=torch.float32)
-        blocks, dims = product_blocks(decayed.dtype), (decayed.shape[4], value.shape[3])
+        dims = decayed.shape[4], value.shape[3]
+        blocks = state_blocks(decayed.dtype, dims[1])
         self._launch(
             states_kernel,
             -(-dims[0] // blocks[0]) * -(-dims[1] // blocks[1]),
@@ -323,13 +325,13 @@ class _Heads:
         from diffusers_linattn.kernels.gated_states import output_kernel
 
         call, gradient = self.call, totals is None
-        blocks, dims = product_blocks(decayed.dtype), (decayed.shape[4], value.shape[3])
+        dims = decayed.shape[4], value.shape[3]
         self._launch(
             output_kernel,
-            -(-dims[1] // blocks[1]),
+            -(-dims[1] // OUTPUT[1]),
             [inside.weights, decayed, inside.decays, value, *states, out, out if totals is None else totals],
             [value, out],
-            [*dims, *blocks, CHUNK, call.scalar, call.both, gradient, call.counted and not gradient],
+            [*dims, *OUTPUT, CHUNK, call.scalar, call.both, gradient, call.counted and not gradient],
             [call.precision],
         )
 
