@@ -36,8 +36,8 @@ _WORKSPACE = ("states", "grad_states", "weights", "grad_weights", "decayed", "de
 _FP32_IN = {"weight_gradients_kernel": ("grad",), "gradients_kernel": ("grad",), "output_kernel": ("out",)}
 
 
-def compile_launch(name: str, head_dim: int, dtype: torch.dtype, chip: int) -> Compiled:
-    """Compile one launch for `sm_<chip>`."""
+def compile_launch(name: str, head_dim: int, dtype: torch.dtype, chip: int, count: bool = False) -> Compiled:
+    """Compile one launch for `sm_<chip>`; `count` its instructions."""
     from diffusers_linattn.kernels import gated_gradients, gated_states, gated_weights
 
     kernel_name, flags = (LAUNCHES | PER_HEAD)[name]
@@ -77,7 +77,7 @@ def compile_launch(name: str, head_dim: int, dtype: torch.dtype, chip: int) -> C
     types = dict.fromkeys(_FP32 + _FP32_IN.get(kernel_name, ()), "fp32")
     types |= dict.fromkeys(_WORKSPACE, "bf16" if half else "fp32")
     warps = choose_warps(torch.bfloat16 if half else torch.float32, precision)
-    return compile_for(chip, kernel, constants | flags, dtype, types, head_dim, warps, 1)
+    return compile_for(chip, kernel, constants | flags, dtype, types, head_dim, warps, 1, count)
 
 
 def main() -> None:

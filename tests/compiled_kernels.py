@@ -32,7 +32,10 @@ class Compiled:
     asynchronous: int  # how many of them copy to shared memory asynchronously
     under_way: int  # groups of such copies that none of them waits for before it computes
     products: str  # the matrix instruction
-    instructions: tuple[int, ...]  # of each innermost loop with a matrix product, where they were counted
+    # Where they were counted:
+    instructions: tuple[int, ...]  # of each innermost loop with a matrix product
+    other_loops: tuple[int, ...]  # of each innermost loop without one
+    outside_loops: int  # and of what lies in none of them
 
     def __str__(self) -> str:
         loops = f"{self.asynchronous} of {self.loops}"
@@ -107,6 +110,7 @@ def _read(compiled: Any, count: bool) -> Compiled:
     inner = _innermost_loops(code)
     waits = [int(n) for loop in loops for text in loop for n in re.findall(r"ttg\.async_wait .*num = (\d+)", text)]
     bodies = [[text for address, text in code if first <= address <= last] for first, last in inner]
+    outside = [text for address, text in code if not any(first <= address <= last for first, last in inner)]
     return Compiled(
         numbers["REG"],
         numbers["STACK"],
@@ -117,8 +121,14 @@ def _read(compiled: Any, count: bool) -> Compiled:
         sum(any("async_copy_global_to_local" in text for text in loop) for loop in loops),
         min(waits, default=0),
         max(set(found), key=found.count) if found else "none",
-        tuple(len(body) for body in bodies if count and any(re.search(r"MMA", text) for text in body)),
+        tuple(len(body) for body in bodies if count and _multiplies(body)),
+        tuple(len(body) for body in bodies if count and not _multiplies(body)),
+        sum("NOP" not in text for text in outside) if count else 0,  # which fill up the end
     )
+
+
+def _multiplies(body: list[str]) -> bool:
+    return any("MMA" in text for text in body)
 
 
 def _innermost_loops(code: list[tuple[int, str]]) -> list[tuple[int, int]]:
