@@ -94,10 +94,11 @@ def test_text_in_half_precision(dtype):
     check(LAYOUTS["77 text first"], dtype=dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.usefixtures("short_chunks")
-def test_text_beside_wide_heads():
-    """More channels than the kernel that blends the text in takes."""
-    check(TokenLayout.joint(text=5, grid=(1, 3, 4)), dim=MAX_TEXT_DIM + 8)
+def test_text_beside_wide_heads(dtype):
+    """More channels than the kernel that blends the text in takes, and than a program has columns of a state."""
+    check(TokenLayout.joint(text=5, grid=(1, 3, 4)), dtype=dtype, dim=MAX_TEXT_DIM + 8)
 
 
 @pytest.mark.parametrize(
