@@ -719,7 +719,7 @@ def test_compiled_blocks_share_their_graphs(samples: Samples, tmp_path: Path, mo
     for layers in (2, 5):
         torch._dynamo.reset()
         counter.clear()
-        pipe = linearize(tiny.flux_pipeline(guidance_embeds=True, num_single_layers=layers), template)
+        pipe = linearize(tiny.flux_pipeline(guidance_embeds=True, num_layers=1, num_single_layers=layers), template)
         directory = tmp_path / f"samples{layers}"
         made = make_samples(pipe, PROMPTS, directory, **{**CALL, "num_samples": 2, "resolutions": [(32, 32)]})
         curves = distill(pipe, made, tmp_path / f"compiled{layers}", **options, compile=True)
@@ -727,7 +727,7 @@ def test_compiled_blocks_share_their_graphs(samples: Samples, tmp_path: Path, mo
         assert all(block._compiled_call_impl is None for block in pipe.transformer.single_transformer_blocks)
     assert graphs[5] == graphs[2] > 0
     eager = distill(
-        linearize(tiny.flux_pipeline(guidance_embeds=True, num_single_layers=5), template),
+        linearize(tiny.flux_pipeline(guidance_embeds=True, num_layers=1, num_single_layers=5), template),
         made,
         tmp_path / "eager",
         **options,  # type: ignore[arg-type]
