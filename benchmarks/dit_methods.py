@@ -115,7 +115,7 @@ def make_step(case: Case, method: str, name: str, device: str) -> tuple[Any, Cal
 @functools.cache
 def check(model: str, method: str, device: str) -> None:
     """Attention outputs and gradients of ours against the reference on a small grid; raises if they differ."""
-    case = Case(model, 12, (method,), BOTH, layers=2)
+    case = Case(model, 12, (method,), BOTH, layers=4)  # of which one way scans in four directions
     ours, expected = (_attention_and_gradients(case, method, device, impl) for impl in (None, "reference"))
     for what, found, reference in zip(("outputs", "gradients"), ours, expected, strict=True):
         error = ((found - reference).norm() / reference.norm()).item()

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from diffusers_linattn.kernels.gated_attention import BLOCK, CHUNK, OUTPUT, SCAN, choose_warps, state_blocks
+from diffusers_linattn.kernels.gated_attention import BLOCK, CHUNK, SCAN, choose_warps, output_blocks, state_blocks
 
 from gpu_timing import environment, write
 
@@ -62,6 +62,7 @@ def of_ours() -> tuple[Counts, Counts]:
     """Both directions, forward and backward."""
     warps = choose_warps(torch.bfloat16, "ieee")
     rows, columns = state_blocks(torch.bfloat16, DIM)
+    read_rows, read_columns = output_blocks(torch.bfloat16, "ieee")
 
     def count(name: str, programs: int, **loops: Any) -> float:
         kernel = compile_launch(name, DIM, torch.bfloat16, CHIP, count=True)
@@ -76,11 +77,11 @@ def of_ours() -> tuple[Counts, Counts]:
     backward = forward | {
         "gradients of states": count("gradients of states", states),
         "scan of gradients": forward["scan"],
-        "value gradient": count("value gradient", DIM // OUTPUT[1], products=DIM // OUTPUT[0]),
+        "value gradient": count("value gradient", DIM // read_columns, products=DIM // read_rows),
         "weight gradients": count("weight gradients", 1, products=DIM // 32),
         "gradients": count("gradients", DIM // BLOCK, products=2),
     }
-    return forward | {"output": count("output", DIM // OUTPUT[1], products=DIM // OUTPUT[0])}, backward
+    return forward | {"output": count("output", DIM // read_columns, products=DIM // read_rows)}, backward
 
 
 def fewest(

@@ -104,7 +104,7 @@ def compare(case: Case, name: str, device: str, seconds: float, rounds: int) -> 
             memory[method] = taken
         if implementation is not None:
             implementations[method] = implementation
-    times = measure(runs, device, seconds) if device == "cuda" else interleaved(runs, rounds, device)
+    times = measure(runs, device, seconds, launches=True) if device == "cuda" else interleaved(runs, rounds, device)
     failed |= {method: value for method, value in times.items() if isinstance(value, str)}
     if device == "cuda":
         row["ms"] = times

@@ -13,8 +13,7 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.util
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +37,14 @@ from gpu_timing import copy_bandwidth
 
 
 SHAPES = {"flux": (24, 128), "dit-s": (6, 64)}
+# How ours scan. All but one have a gate per channel.
+PER_HEAD = "ours, a gate per head"
+OURS: dict[str, dict[str, str]] = {
+    "ours": {},
+    "ours, by columns": {"order": "columns"},
+    "ours, one way": {"direction": "forward"},
+    PER_HEAD: {},
+}
 MOST_TORCH_TOKENS, MOST_SDPA_TOKENS = 128**2, 256**2
 
 
@@ -48,23 +55,23 @@ def with_gates(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
     return inputs + [F.logsigmoid(torch.randn(shape, device=query.device)) / 16 for shape in shapes]
 
 
-def methods(layout: TokenLayout, on_gpu: bool) -> dict[str, Method]:
-    def gated(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        return gated_linear_attention(q, k, v, g, layout, **kwargs)
+def own_inputs(name: str, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Those with the gate that this method takes."""
+    *others, gate, per_head = inputs
+    return [*others, per_head if name == PER_HEAD else gate]
 
-    ours = functools.partial(gated, impl="triton")
-    table: dict[str, Method] = {
-        "ours": lambda q, k, v, g, _: ours(q, k, v, g),
-        "ours, by columns": lambda q, k, v, g, _: ours(q, k, v, g, order="columns"),
-        "ours, one way": lambda q, k, v, g, _: ours(q, k, v, g, direction="forward"),
-        "ours, a gate per head": lambda q, k, v, _, h: ours(q, k, v, h),
-    }
+
+def methods(layout: TokenLayout, on_gpu: bool) -> dict[str, Method]:
+    def gated(*inputs: torch.Tensor, name: str, impl: str) -> torch.Tensor:
+        return gated_linear_attention(*own_inputs(name, inputs), layout=layout, impl=impl, **OURS[name])
+
+    table: dict[str, Method] = {name: functools.partial(gated, name=name, impl="triton") for name in OURS}
     if layout.length <= MOST_SDPA_TOKENS:
         table |= {name: _without_gates(attend) for name, attend in softmax_methods(on_gpu).items()}
     if layout.length <= MOST_TORCH_TOKENS:
-        table["ours in pytorch"] = lambda q, k, v, g, _: gated(q, k, v, g, impl="chunked")
+        table["ours in pytorch"] = functools.partial(gated, name="ours", impl="chunked")
     if on_gpu and importlib.util.find_spec("fla") is not None:
-        table["fla"] = lambda q, k, v, g, _: gated(q, k, v, g, impl="fla")
+        table["fla"] = functools.partial(gated, name="ours", impl="fla")
         table["fla, two bare calls"] = lambda q, k, v, g, _: two_bare_calls(q, k, v, g)
     return table
 
@@ -78,14 +85,17 @@ def _without_gates(attend: Method) -> Method:
     return lambda q, k, v, *_: attend(q, k, v)
 
 
+def check_ours(shape: str, dtype: str, device: str) -> None:
+    """All of ours against the reference, over several chunks."""
+    layout = TokenLayout.image((1, 13, 17))
+    inputs = with_gates(make_inputs(layout.length, *SHAPES[shape], dtype, device))
+    for name, options in OURS.items():
+        check(functools.partial(gated_linear_attention, layout=layout, **options), own_inputs(name, inputs))
+
+
 def measure_rows(arguments: argparse.Namespace) -> Iterator[Row]:
     for shape in arguments.shapes:
-        layout = TokenLayout.image((1, 7, 11))
-        *inputs, gate, per_head = with_gates(
-            make_inputs(layout.length, *SHAPES[shape], arguments.dtype, arguments.device)
-        )
-        attend = functools.partial(gated_linear_attention, layout=layout, order="columns")
-        if wrong := why_wrong(check, attend, [*inputs, gate]) or why_wrong(check, attend, [*inputs, per_head]):
+        if wrong := why_wrong(check_ours, shape, arguments.dtype, arguments.device):
             yield {"shape": shape} | wrong
             continue
         for side in arguments.sides:

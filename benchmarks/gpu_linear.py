@@ -74,7 +74,7 @@ def methods(layout: TokenLayout, head_dim: int, device: str) -> dict[str, Method
 def measure_rows(arguments: argparse.Namespace) -> Iterator[Row]:
     for case in arguments.cases:
         heads, head_dim, text = CASES[case]
-        layout = TokenLayout.joint(text=min(text, 77), grid=(1, 17, 21))
+        layout = TokenLayout.joint(text=text, grid=(1, 17, 21))
         inputs = make_inputs(layout.length, min(heads, 2), head_dim, arguments.dtype, arguments.device)
         if wrong := why_wrong(check, functools.partial(linear_attention, layout=layout), inputs):
             yield {"case": case} | wrong

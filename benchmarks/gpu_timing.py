@@ -14,10 +14,14 @@ from typing import Any
 import torch
 
 
-def measure(runs: dict[str, Callable[[], Any]], device: str, seconds: float) -> dict[str, float | str]:
+def measure(
+    runs: dict[str, Callable[[], Any]], device: str, seconds: float, launches: bool = False
+) -> dict[str, float | str]:
     """Median milliseconds of each, taking turns for about `seconds`; what fails has its error instead.
 
-    The first turn compiles and does not count, unless `seconds` is 0: then it is the only one.
+    The first turn compiles and does not count, unless `seconds` is 0: then it is the only one. On a GPU the time is
+    that of the kernels alone; with `launches` also that in which it waits for the host to launch them, as a whole step
+    of a model does.
     """
     times: dict[str, list[float]] = {}
     failed: dict[str, float | str] = {}
@@ -27,7 +31,7 @@ def measure(runs: dict[str, Callable[[], Any]], device: str, seconds: float) -> 
             if name in failed or times.get(name, [0.0])[-1] > 1000:  # what takes over a second is timed once
                 continue
             try:
-                elapsed = _time(run, device)
+                elapsed = _time(run, device, launches)
             except Exception as error:  # one that fails, for whatever reason, must not hide the others
                 failed[name] = in_short(error)
                 continue
@@ -46,17 +50,18 @@ def in_short(error: Exception) -> str:
     return f"{type(error).__name__}: {' ... '.join(dict.fromkeys((lines[0], lines[-1])))[:300]}"
 
 
-def _time(run: Callable[[], Any], device: str) -> float:
+def _time(run: Callable[[], Any], device: str, launches: bool) -> float:
     if device != "cuda":
         start = time.perf_counter()
         run()
         return 1e3 * (time.perf_counter() - start)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
-    # Inputs that lie in the cache after the turn before would make small sizes look faster than memory allows.
-    _more_than_the_cache().zero_()
-    # Some 2 ms in which the host puts the work into the queue: launches and what comes before them are not measured.
-    torch.cuda._sleep(4_000_000)
+    # Inputs that lie in the cache after the turn before would make small sizes look faster than memory allows. What is
+    # read instead can leave the cache at no cost, other than what would be written.
+    _more_than_the_cache().sum()
+    if not launches:  # some 2 ms in which the host puts the work into the queue
+        torch.cuda._sleep(4_000_000)
     begin.record()
     run()
     end.record()
@@ -67,7 +72,7 @@ def _time(run: Callable[[], Any], device: str) -> float:
 @functools.cache
 def _more_than_the_cache() -> torch.Tensor:
     """256 MB on the GPU, at least twice an L2 cache."""
-    return torch.empty(2**28, dtype=torch.uint8, device="cuda")
+    return torch.zeros(2**26, device="cuda")
 
 
 def extra_megabytes(run: Callable[[], Any], device: str) -> float | None:

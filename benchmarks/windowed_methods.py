@@ -147,7 +147,6 @@ def check(text: int, side: int, window: int, q: torch.Tensor, k: torch.Tensor, v
     grad = torch.randn_like(out)
     dq, dk, dv = torch.autograd.grad(out, leaves, grad)
     out = out.detach()
-    delta = (out.float() * grad.float()).sum(-1)
     y, x = positions(text, side, device)
     some = sorted({0, 1, side // 3, side // 2, side - 1})
     sample = torch.tensor(
@@ -165,12 +164,13 @@ def check(text: int, side: int, window: int, q: torch.Tensor, k: torch.Tensor, v
     for head in {0, q.shape[1] - 1}:
         tensors = [x[0, head].float() for x in (q, k, v, out, grad, dq, dk, dv)]
         fq, fk, fv, fo, fg, fdq, fdk, fdv = tensors
+        delta = (fo * fg).sum(-1)
         weights = torch.softmax((fq[sample] @ fk.T * scale).masked_fill(~seen, -math.inf), -1)
         compare("the output", fo[sample], weights @ fv)
-        dscores = weights * (fg[sample] @ fv.T - delta[0, head, sample, None])
+        dscores = weights * (fg[sample] @ fv.T - delta[sample, None])
         compare("the query's gradient", fdq[sample], dscores @ fk * scale)
         scores = (fk[sample] @ fq.T * scale).masked_fill(~seen, -math.inf)
         columns = torch.exp2(scores * math.log2(math.e) - lse[0, head])
         compare("the value's gradient", fdv[sample], columns @ fg)
-        dscores = columns * (fv[sample] @ fg.T - delta[0, head])
+        dscores = columns * (fv[sample] @ fg.T - delta)
         compare("the key's gradient", fdk[sample], dscores @ fq * scale)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from diffusers_linattn.kernels.gated_attention import BLOCK, CHUNK, OUTPUT, SCAN, choose_warps, state_blocks
+from diffusers_linattn.kernels.gated_attention import BLOCK, CHUNK, SCAN, choose_warps, output_blocks, state_blocks
 
 from compiled_kernels import CHIPS, TYPES, Compiled, compile_for
 
@@ -27,13 +27,18 @@ LAUNCHES: dict[str, tuple[str, dict[str, Any]]] = {
     "weight gradients": ("weight_gradients_kernel", {}),
     "gradients": ("gradients_kernel", {}),
 }
-PER_HEAD = {
-    f"{name}, a gate per head": (kernel, {**flags, "SCALAR": True}) for name, (kernel, flags) in LAUNCHES.items()
-}
+_PER_HEAD = ", a gate per head"
+PER_HEAD = {name + _PER_HEAD: (kernel, {**flags, "SCALAR": True}) for name, (kernel, flags) in LAUNCHES.items()}
 _FP32 = ("gate", "weight", "counts", "grad_counts", "decays", "totals", "grad_totals", "dgate", "initial")
 _WORKSPACE = ("states", "grad_states", "weights", "grad_weights", "decayed", "decayed_queries", "decayed_keys")
-# The gradient of the operator's output, and that output.
-_FP32_IN = {"weight_gradients_kernel": ("grad",), "gradients_kernel": ("grad",), "output_kernel": ("out",)}
+# The operator's output, and its gradient, which may stand where otherwise values do.
+_FP32_IN = {
+    "output": ("out",),
+    "gradients of states": ("value",),
+    "value gradient": ("value",),
+    "weight gradients": ("grad",),
+    "gradients": ("grad",),
+}
 
 
 def compile_launch(name: str, head_dim: int, dtype: torch.dtype, chip: int, count: bool = False) -> Compiled:
@@ -46,13 +51,13 @@ def compile_launch(name: str, head_dim: int, dtype: torch.dtype, chip: int, coun
         for module in (gated_states, gated_weights, gated_gradients)
         if hasattr(module, kernel_name)
     )
-    half = dtype == torch.bfloat16
+    operands = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     precision = "tf32" if dtype == torch.float16 else "ieee"
     blocks = BLOCK, 32
     if kernel_name == "states_kernel":
-        blocks = state_blocks(torch.bfloat16 if half else torch.float32, head_dim)
+        blocks = state_blocks(operands, head_dim)
     elif kernel_name == "output_kernel":
-        blocks = OUTPUT
+        blocks = output_blocks(operands, precision)
     elif kernel_name == "scan_kernel":
         blocks = SCAN
     constants: dict[str, Any] = {
@@ -74,9 +79,9 @@ def compile_launch(name: str, head_dim: int, dtype: torch.dtype, chip: int, coun
         "KEY_FEATURES": "relu",
         "PRECISION": precision,
     }
-    types = dict.fromkeys(_FP32 + _FP32_IN.get(kernel_name, ()), "fp32")
-    types |= dict.fromkeys(_WORKSPACE, "bf16" if half else "fp32")
-    warps = choose_warps(torch.bfloat16 if half else torch.float32, precision)
+    types = dict.fromkeys(_FP32 + _FP32_IN.get(name.removesuffix(_PER_HEAD), ()), "fp32")
+    types |= dict.fromkeys(_WORKSPACE, TYPES[operands])
+    warps = choose_warps(operands, precision)
     return compile_for(chip, kernel, constants | flags, dtype, types, head_dim, warps, 1, count)
 
 

@@ -38,7 +38,7 @@ def use_gpu_number_formats(monkeypatch: pytest.MonkeyPatch) -> None:
         return dot(self, a, b, d, input_precision, max_num_imprecise_acc)
 
     def binary_op(self: Any, left: Any, right: Any, compute: Any) -> Any:
-        if left.dtype.scalar == tl.bfloat16 and compute in (np.add, np.fmax):
+        if left.dtype.scalar == tl.bfloat16 and compute in (np.add, np.maximum):
             result = compute(widen(left.data), widen(right.data))
             return handle(round_to_bf16(result), tl.bfloat16)
         return binary(self, left, right, compute)

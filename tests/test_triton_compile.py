@@ -54,9 +54,8 @@ def test_variants_fit(flags: dict[str, bool]) -> None:
     ids=str,
 )
 def test_linear_attention_fits(chip: int, head_dim: int, dtype: torch.dtype) -> None:
-    # Between the loops, once per block of queries, some words of those beside text lie in local memory; the most of
-    # them where Triton 3.6 compiles.
-    outside = {"query gradient, text": 48, "product, text": 8, "blend gradients, text": 80} if head_dim == 128 else {}
+    # Between the loops, once per block of queries, some words of those beside text lie in local memory.
+    outside = {"query gradient, text": 64, "product, text": 8, "blend gradients, text": 80} if head_dim == 128 else {}
     if head_dim == 72:  # computed with 128 channels, and a mask
         outside |= {"query gradient": 4, "product, text": 8, "query gradient, text": 160, "blend gradients, text": 80}
     for name in linear.launches(head_dim):
@@ -71,12 +70,15 @@ def test_linear_attention_fits(chip: int, head_dim: int, dtype: torch.dtype) -> 
 @pytest.mark.parametrize(
     ("chip", "head_dim", "dtype", "per_head"),
     [(chip, 128, torch.bfloat16, False) for chip in CHIPS]
-    + [(90, 64, torch.float16, False), (90, 72, torch.bfloat16, False), (90, 128, torch.bfloat16, True)],
+    + [(90, 64, torch.float16, False), (90, 72, torch.bfloat16, False), (90, 128, torch.bfloat16, True)]
+    + [(100, 128, torch.float32, False)],
     ids=str,
 )
 def test_gated_kernels_fit(chip: int, head_dim: int, dtype: torch.dtype, per_head: bool) -> None:
     # The five levels of a half, unrolled, keep more than the registers hold: some words per thread in local memory.
-    spills = {"weights": 72 if head_dim % 16 == 0 else 96, "gradients": 208}
+    spills = {"weights": 96 if head_dim == 72 or dtype == torch.float16 else 72, "gradients": 208}
+    if dtype == torch.float32:
+        spills = {"weight gradients": 16, "gradients": 256}
     for name in gated.PER_HEAD if per_head else gated.LAUNCHES:
         result = gated.compile_launch(name, head_dim, dtype, chip)
         assert result.spills <= spills.get(name.removesuffix(", a gate per head"), 0), f"{name}: {result}"

@@ -97,8 +97,9 @@ def test_text_in_half_precision(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.usefixtures("short_chunks")
 def test_text_beside_wide_heads(dtype):
-    """More channels than the kernel that blends the text in takes, and than a program has columns of a state."""
-    check(TokenLayout.joint(text=5, grid=(1, 3, 4)), dtype=dtype, dim=MAX_TEXT_DIM + 8)
+    """More channels than the kernel that blends the text in takes, and than a program has columns of a state; of two
+    chunks, since one alone reads no state."""
+    check(TokenLayout.joint(text=5, grid=(1, 5, 7)), dtype=dtype, dim=MAX_TEXT_DIM + 8)
 
 
 @pytest.mark.parametrize(
@@ -122,6 +123,22 @@ def test_gates_of_minus_infinity():
     output, *gradients = with_gradients(ours(layout, impl="triton"), inputs, torch.float32)
     assert all(gradient.isfinite().all() for gradient in gradients)
     torch.testing.assert_close(output, spec(layout)(*inputs).double(), atol=1e-5, rtol=1e-5)
+
+
+@by_gate
+@pytest.mark.parametrize("feature_map", ["relu", "elu"])
+@pytest.mark.usefixtures("short_chunks")
+def test_nan_stays(feature_map, per_head):
+    layout = LAYOUTS["odd grid"]
+    for place in range(4):
+        inputs = make_gated_inputs(layout, per_head=per_head, batch=1, heads=1)
+        inputs[place][:, :, 5, 0] = float("nan")
+        by_kernels, expected = (
+            f(*inputs).isnan()
+            for f in (ours(layout, impl="triton", feature_map=feature_map), spec(layout, feature_map=feature_map))
+        )
+        assert expected.any()
+        assert torch.equal(by_kernels, expected)
 
 
 @pytest.mark.parametrize(("direction", "per_head"), [("bidirectional", True), ("backward", False)])

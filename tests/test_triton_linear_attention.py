@@ -59,6 +59,20 @@ def test_feature_maps(dtype, feature_map, name):
     check(LAYOUTS[name], dtype, feature_map=feature_map)
 
 
+@pytest.mark.parametrize("feature_map", ["relu", "elu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nan_stays(dtype, feature_map):
+    layout = LAYOUTS["odd grid"]
+    for place in range(3):
+        inputs = make_inputs(layout, dtype)
+        inputs[place][..., 5, 0] = float("nan")
+        ours, theirs = (
+            linear_attention(*inputs, layout, feature_map=feature_map, impl=impl) for impl in ("triton", "reference")
+        )
+        assert theirs.isnan().any()
+        assert torch.equal(ours.isnan(), theirs.isnan())
+
+
 @pytest.mark.parametrize("feature_map", ["relu", "softmax"])
 @pytest.mark.parametrize("text", [32, 64])
 def test_text_of_whole_blocks(text, feature_map):

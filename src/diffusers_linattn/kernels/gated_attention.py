@@ -22,25 +22,35 @@ CHUNK = 64
 MAX_DIM = 256
 IN_KERNEL_FEATURES = ("none", "relu", "elu")
 
-# Bytes of memory for states and decayed queries and keys: heads beyond it wait for the next launch.
+# Bytes of memory for states, weights and decayed queries and keys, and programs along an axis of a grid but its first:
+# heads beyond them wait for the next launch.
 _WORKSPACE = 2**31
+_MAX_GRID = 65535
 
 # Features that a program works on at a time where it computes decays: more need too many registers.
 BLOCK = 16
 SCAN = (16, 64)  # rows and columns of a state that a program follows
-OUTPUT = (16, 64)  # of the states that a program reads at a time
 
 
 def choose_warps(dtype: torch.dtype, precision: str) -> int:
     """Warps of a program for operands of a dtype, products of fp32 being in `"ieee"` arithmetic or in `"tf32"`."""
     # Products on tensor cores are those of `mma.sync` with two warps. Kernels of this kind with four, which multiply
     # otherwise, gave wrong results on Hopper with Triton 3.4 to 3.7. IEEE arithmetic needs registers.
-    return 8 if dtype == torch.float32 and precision == "ieee" else 2
+    return 8 if _without_tensor_cores(dtype, precision) else 2
 
 
 def state_blocks(dtype: torch.dtype, value_dim: int) -> tuple[int, int]:
     """Rows and columns of the states that a program makes, of operands of a dtype: as many as registers hold."""
     return 32, 128 if dtype == torch.bfloat16 and value_dim > 64 else 64
+
+
+def output_blocks(dtype: torch.dtype, precision: str) -> tuple[int, int]:
+    """Rows and columns of the states that a program multiplies by at a time: as many as registers hold."""
+    return (32, 32) if _without_tensor_cores(dtype, precision) else (16, 64)
+
+
+def _without_tensor_cores(dtype: torch.dtype, precision: str) -> bool:
+    return dtype == torch.float32 and precision == "ieee"
 
 
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor gate"
@@ -223,11 +233,10 @@ class _Call:
     def groups(self, training: bool) -> Iterator[_Heads]:
         """The heads of all samples, in groups of about one size whose states fit into the workspace."""
         key_dim, value_dim = self.query.shape[3], self.value.shape[3]
-        per_chunk = (1 + self.both) * key_dim * (value_dim * (1 + training) + 2 * CHUNK) + CHUNK * CHUNK * (
-            1 + training
-        )
+        states = (self.chunks + 2) * (1 + self.both) * key_dim * value_dim * (1 + training)
+        inside = self.chunks * CHUNK * ((1 + self.both) * key_dim * 2 + CHUNK * (1 + training))
         num_heads = self.query.shape[0] * self.query.shape[1]
-        fitting = max(1, _WORKSPACE // max(1, self.chunks * per_chunk * self.dtype.itemsize))
+        fitting = max(1, min(_MAX_GRID, _WORKSPACE // ((states + inside) * self.dtype.itemsize)))
         step = max(1, -(-num_heads // max(1, -(-num_heads // fitting))))
         for first in range(0, num_heads if self.chunks else 0, step):
             yield _Heads(self, first, min(step, num_heads - first))
@@ -283,7 +292,7 @@ class _Heads:
         states = decayed.new_empty(*shape, value.shape[3])
         counts = decayed.new_empty(shape if call.counted else (0,), dtype=torch.float32)
         dims = decayed.shape[4], value.shape[3]
-        blocks = state_blocks(decayed.dtype, dims[1])
+        blocks = state_blocks(call.dtype, dims[1])
         self._launch(
             states_kernel,
             -(-dims[0] // blocks[0]) * -(-dims[1] // blocks[1]),
@@ -326,12 +335,13 @@ class _Heads:
 
         call, gradient = self.call, totals is None
         dims = decayed.shape[4], value.shape[3]
+        blocks = output_blocks(call.dtype, call.precision)
         self._launch(
             output_kernel,
-            -(-dims[1] // OUTPUT[1]),
+            -(-dims[1] // blocks[1]),
             [inside.weights, decayed, inside.decays, value, *states, out, out if totals is None else totals],
             [value, out],
-            [*dims, *OUTPUT, CHUNK, call.scalar, call.both, gradient, call.counted and not gradient],
+            [*dims, *blocks, CHUNK, call.scalar, call.both, gradient, call.counted and not gradient],
             [call.precision],
         )
 

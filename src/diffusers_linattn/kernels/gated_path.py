@@ -57,7 +57,7 @@ def load_gate(pointer, token, valid, channel, stride, DIM: tl.constexpr, SCALAR:
         gate = tl.load(pointer + token * stride, mask=valid, other=0.0)[:, None]
     else:
         gate = load_tile(pointer, token, valid, channel, stride, DIM)
-    return tl.maximum(gate.to(tl.float32) * LOG2_E, _LOWEST_GATE)
+    return tl.maximum(gate.to(tl.float32) * LOG2_E, _LOWEST_GATE, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -169,7 +169,8 @@ def load_decay(decays, slot, chunks, run, channel, KEY_DIM: tl.constexpr, SCALAR
 def state_row(direction, slot, chunks, chunk, channel, KEY_DIM: tl.constexpr):
     """Rows (K,) of the state that leaves a chunk, and which of them exist.
 
-    Chunks -1 and `chunks`, outside of the path, leave what the scan begins with; there are no others.
+    Outside of the path there are chunks -1 and `chunks`: the one that a direction begins behind leaves what it begins
+    with, the other is neither written nor read.
     """
     row = ((direction * tl.num_programs(2).to(tl.int64) + slot) * (chunks + 2) + chunk + 1) * KEY_DIM + channel
     # Later chunks are never asked for, but compilers that are told so keep fewer numbers in local memory.

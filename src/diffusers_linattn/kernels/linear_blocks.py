@@ -46,14 +46,15 @@ def load_state(state, feature, column, FEATURES: tl.constexpr, COLUMNS: tl.const
 
 @triton.jit
 def features(x, FEATURE_MAP: tl.constexpr):
-    """φ, of bf16 in bf16, else in fp32; also of channels that do not exist, where the state is 0."""
+    """φ, of bf16 in bf16, else in fp32; also of channels that do not exist, where the state is 0. NaN stays NaN."""
     dtype: tl.constexpr = tl.bfloat16 if x.dtype == tl.bfloat16 else tl.float32
     if FEATURE_MAP == "elu":
         x = x.to(tl.float32)
-        return tl.where(x > 0, x + 1, tl.exp(tl.minimum(x, 0.0))).to(dtype)
+        return tl.where(x > 0, x + 1, tl.exp(tl.minimum(x, 0.0, propagate_nan=tl.PropagateNan.ALL))).to(dtype)
     x = x.to(dtype)
     if FEATURE_MAP == "relu":
-        x = tl.maximum(x, 0.0).to(dtype) + EPS  # Triton 3.6 takes maxima of bf16 in fp32
+        # Triton 3.6 takes maxima of bf16 in fp32.
+        x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL).to(dtype) + EPS
     return x
 
 

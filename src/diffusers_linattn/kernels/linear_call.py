@@ -133,6 +133,7 @@ class Call:
         given = {"weights": self.weights, **self.text, **tensors}
         weighted = given["weights"] is not None
         numbers = {
+            "blocks": blocks,
             "heads": heads,
             "num_tokens": num_tokens,
             "num_text": self.num_text,
@@ -168,7 +169,7 @@ class Call:
             else:
                 tensor = given.get(name)
                 arguments[name] = self.tokens if tensor is None else tensor  # where there is none it is not read
-        grid = (blocks, shares, batch * heads)
+        grid = (blocks * batch * heads, shares)
         options = {"num_warps": launch.warps, "num_stages": launch.stages}
         run_kernel(kernel, grid, self.tokens.device, **arguments, **options)
 
