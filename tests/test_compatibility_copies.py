@@ -18,6 +18,7 @@ from diffusers_linattn import (
     GLAProcessor,
     linearize,
     load_linear_attention,
+    original_attention,
     restore,
     save_linear_attention,
     status,
@@ -173,6 +174,29 @@ def test_two_pipelines_that_share_a_transformer() -> None:
     assert torch.equal(tiny.generate(second, **edit), plain[1])
 
 
+@pytest.mark.parametrize("again", [lambda x: x, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+@torch.no_grad()
+def test_a_state_dict_loaded_into_a_converted_model(again: Any, tmp_path: Path) -> None:
+    """As own training loops and accelerate go on: what it changes is saved, and the original is still known."""
+    stock, trained = run(tiny.flux()), student("linear")
+    resumed = again(linearize(tiny.flux(), tiny.TRAINABLE["linear"]))
+    resumed.load_state_dict(trained.state_dict())
+    assert torch.equal(run(resumed), run(trained))
+    save_linear_attention(resumed, tmp_path)
+    assert torch.equal(run(load_linear_attention(tiny.flux(), tmp_path)), run(trained))
+    with original_attention(resumed):
+        assert torch.equal(run(resumed), stock)
+    restore(resumed).load_state_dict(tiny.flux().state_dict())
+    assert torch.equal(run(resumed), stock)
+    assert not any(layer.attn._load_state_dict_pre_hooks for layer in layers_of(resumed))
+
+
+def test_a_state_dict_that_changes_nothing_keeps_nothing() -> None:
+    model = linearize(tiny.flux(), tiny.TRAINABLE["linear"])
+    model.load_state_dict(copy.deepcopy(model.state_dict()))
+    assert not any(layer.processor.original_weights for layer in layers_of(model))
+
+
 def in_threads(*jobs: Any) -> None:
     errors: list[BaseException] = []
 
@@ -203,6 +227,20 @@ def test_two_threads_with_a_pipeline_each() -> None:
             for _ in range(4):
                 together.wait(60)
                 assert torch.equal(tiny.generate(pipe, **call), expected)
+
+        jobs.append(job)
+    in_threads(*jobs)
+
+
+def test_two_threads_with_one_transformer() -> None:
+    model, jobs, together = linearize(tiny.flux(), ClearProcessor(window=2)), [], threading.Barrier(2)
+    for size in ((12, 20), (20, 12)):  # as many tokens, so that nothing but the numbers tells
+        expected = run(model, *size).detach()
+
+        def job(size: tuple[int, int] = size, expected: torch.Tensor = expected) -> None:
+            together.wait(60)
+            for _ in range(20):
+                torch.testing.assert_close(run(model, *size), expected)
 
         jobs.append(job)
     in_threads(*jobs)

@@ -144,9 +144,9 @@ def linearize(
 def restore(pipe_or_model: PipelineOrModel) -> PipelineOrModel:
     """Give a pipeline or transformer its original attention back, weights included.
 
-    Weights of converted layers return to what they were before [`distill`], [`load_linear_attention`] or any training
-    with gradients changed them. Changes by other means, such as `load_state_dict` on the converted model, stay.
-    Restoring what was not converted does nothing.
+    Weights of converted layers return to what they were before [`distill`], [`load_linear_attention`],
+    `load_state_dict` or any training with gradients changed them. What else is written into them stays. Restoring what
+    was not converted does nothing.
 
     Example:
         >>> pipe = restore(pipe)  # doctest: +SKIP
@@ -249,6 +249,7 @@ def install(planned: list[tuple[Layer, BaseProcessor | None]]) -> None:
             continue
         processor.tracker = install_tracker(layer.model, layer.family)
         layer.attn.processor = processor
+        layer.attn.register_load_state_dict_pre_hook(keep_before_loading)
         if processor.reset_projections:
             _reset_projections(layer, processor)
     for model in {id(layer.model): layer.model for layer, _ in planned}.values():
@@ -281,6 +282,23 @@ def restore_layer(layer: Layer) -> None:
         if hasattr(processor.original, name):
             setattr(processor.original, name, getattr(processor, name))
     set_processor(layer.attn, processor.original)
+    hooks: Any = layer.attn._load_state_dict_pre_hooks
+    for key in [key for key, hook in hooks.items() if getattr(hook, "hook", None) is keep_before_loading]:
+        del hooks[key]
+
+
+def keep_before_loading(attn: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    """Before `load_state_dict` writes into a converted layer: keep the weights that it will change."""
+    processor: Any = attn.processor
+    if not isinstance(processor, BaseProcessor):
+        return
+    changed = []
+    for name, parameter in attn.named_parameters():
+        value = state_dict.get(prefix + name)
+        if isinstance(value, torch.Tensor) and value.shape == parameter.shape and not parameter.is_meta:
+            if not torch.equal(value.to(parameter), parameter):
+                changed.append(name.replace(".base_layer.", "."))
+    processor.keep_original_weights(attn, [name for name in changed if name in processor.weights_of(attn)])
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -32,7 +33,8 @@ class LayoutTracker:
     def __init__(self, model: nn.Module, family: Family):
         self.family = family
         self.names = tuple(inspect.signature(type(model).forward).parameters)[1:]
-        self.last: Scopes = {}
+        self.last: Scopes = {}  # of the latest call, by whichever thread
+        self._own = threading.local()
         self.device: torch.device | None = None  # of the latest call; offloaded weights are elsewhere after it
         self.installed: tuple[str, ...] = ()
         self._warned = False
@@ -52,8 +54,10 @@ class LayoutTracker:
 
     def set(self, scopes: Scopes) -> None:
         """Make `scopes` what [`layouts_of`] answers with."""
-        if not torch.compiler.is_compiling() and scopes == self.last:  # Dynamo cannot compare them
-            return
+        if not torch.compiler.is_compiling():  # Dynamo can neither tell threads apart nor compare layouts
+            self._own.scopes = scopes
+            if scopes == self.last:
+                return
         self.last = scopes
         # The sizes again, as shapes of tensors without elements: inside a compiled block they become symbolic sizes,
         # where plain integers would be guards and cost one graph for each resolution.
@@ -65,21 +69,33 @@ class LayoutTracker:
             for scope, layouts in scopes.items()
         }
 
+    @property
+    def current(self) -> Scopes:
+        """The layouts of this thread's latest call; of the latest by any in a thread without one, as autograd has."""
+        return getattr(self._own, "scopes", self.last)
+
     def layouts_of(self, scope: str) -> tuple[TokenLayout, ...]:
         """The layouts of the current call for a layer of that scope: one for all samples, or one for each.
 
         Raises:
             ValueError: The model has not been called: its layers cannot be called on their own.
         """
-        layouts = self.last.get(scope)
+        compiling = torch.compiler.is_compiling()
+        layouts = (self.last if compiling else self.current).get(scope)
         if layouts is None:
             raise ValueError(
                 "No token layout: call the transformer as model(...) (or its pipeline), not model.forward(...) or one "
                 "of its layers. The layout is read from the arguments, by a hook that forward(...) skips."
             )
-        if torch.compiler.is_compiling():
+        if compiling:
             return tuple(_layout_of_shapes(shapes) for shapes in self._shapes[scope])
         return layouts
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_own"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _own=threading.local())
 
     def watch(self, names: tuple[str, ...]) -> None:
         """Warn at the next call, once, when one of these layers has lost its processor to another."""
@@ -141,10 +157,10 @@ class CheckpointWithLayout:
         self.tracker = tracker
 
     def __call__(self, block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        layout = self.tracker.last
+        layout = self.tracker.current
 
         def run(*inputs: Any, **named: Any) -> Any:
-            current = self.tracker.last
+            current = self.tracker.current
             self.tracker.set(layout)
             try:
                 return block(*inputs, **named)

@@ -73,7 +73,7 @@ class Validation:
     @contextmanager
     def _undisturbed(self) -> Iterator[None]:
         models = transformers_of(self.pipe)
-        trackers = [(tracker, tracker.last) for model in models if (tracker := find_tracker(model))]
+        trackers = [(tracker, tracker.current) for model in models if (tracker := find_tracker(model))]
         modes = [(model, model.training) for model in models]
         # Trained parameters are in fp32 beside others in bf16. Casts are not kept: teacher and student share names.
         device = getattr(models[0], "device", torch.device("cpu")).type
