@@ -746,6 +746,19 @@ def test_a_full_disk_is_noticed_first(samples: Samples, tmp_path: Path, monkeypa
     assert not (tmp_path / "student").exists()
 
 
+@pytest.mark.parametrize(
+    ("template", "options"),
+    [(LinearProcessor(kernel_size=65), {}), (LinearProcessor(), {"trainable": "lora", "rank": 1025})],
+    ids=repr,
+)
+def test_what_could_not_be_saved_is_not_trained(
+    template: Any, options: dict[str, Any], samples: Samples, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"What would be saved: .* (at most 63|from 1 to 1024)"):
+        distill(student(template), samples, tmp_path / "student", **QUICK | options)
+    assert not (tmp_path / "student").exists()
+
+
 def test_pipelines_with_several_transformers_are_refused(samples: Samples, tmp_path: Path) -> None:
     import diffusers
 

@@ -28,7 +28,7 @@ SOURCE = ROOT / "src" / "diffusers_linattn"
 LAYERS = [
     {"layout", "version"},
     {"kernels"},
-    {"ops", "models", "files", "generation", "lora", "offloading"},
+    {"ops", "models", "files", "generation", "layer_selection", "lora", "offloading"},
     {"tracker"},
     {"processors"},
     {"linearize"},

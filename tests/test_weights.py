@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel
 from safetensors.torch import load_file, save_file
 
 from diffusers_linattn import (
@@ -121,6 +122,28 @@ def test_nothing_to_save(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="No attention layer is converted"):
         save_linear_attention(tiny.flux(), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [ClearProcessor(window=100_000), LinearProcessor(kernel_size=65), GLAProcessor(gate_low_rank=1025)],
+    ids=repr,
+)
+def test_what_could_not_be_read_again_is_not_saved(processor: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"What would be saved: transformer_blocks.0.attn: .* at most"):
+        save_linear_attention(linearize(tiny.flux(), processor), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_subclasses_of_a_model_share_its_weights(tmp_path: Path) -> None:
+    class OwnFlux(FluxTransformer2DModel):
+        pass
+
+    model = linearize(OwnFlux.from_config(tiny.flux().config), ClearProcessor(window=2, down_factor=2))
+    save_linear_attention(tiny.train(model), tmp_path / "own")
+    plain = load_linear_attention(tiny.flux(), tmp_path / "own")
+    save_linear_attention(plain, tmp_path / "plain")
+    load_linear_attention(restore(model), tmp_path / "plain")
 
 
 def edit_config(folder: Path, change: Any) -> None:

@@ -19,7 +19,6 @@ from torch import nn
 from diffusers_linattn.files import as_read_back, nearest_existing, read_json, write_json
 from diffusers_linattn.generation import check_pipeline
 from diffusers_linattn.linearize import Layer, layers_of, single_transformer_of
-from diffusers_linattn.lora import lora_to_save
 from diffusers_linattn.samples import ONE_TRANSFORMER, Samples
 from diffusers_linattn.training.checkpoints import checkpoint_to_resume, find_checkpoints, remove_checkpoints
 from diffusers_linattn.training.config import DistillConfig
@@ -36,7 +35,12 @@ from diffusers_linattn.training.objective import objective_of
 from diffusers_linattn.training.optimizers import check_optimizer, check_parameters
 from diffusers_linattn.training.phases import STAGES, end_to_end_phases, last_layer_losses, transfer_phases
 from diffusers_linattn.training.teacher_student import TERMS
-from diffusers_linattn.training.trainable import check_trainable, in_training, trained_parameters
+from diffusers_linattn.training.trainable import (
+    check_can_be_saved,
+    check_trainable,
+    in_training,
+    trained_parameters,
+)
 from diffusers_linattn.training.validation import Validation
 from diffusers_linattn.weights import CONFIG_NAME, save_linear_attention
 
@@ -89,9 +93,9 @@ def distill(
     model = single_transformer_of(pipe, ONE_TRANSFORMER)
     layers = [layer for layer in layers_of(model) if layer.processor is not None]
     check_trainable(model, layers, config)
+    check_can_be_saved(model, layers, config)
     check_optimizer(config)
     check_trackers(config)
-    lora_to_save(model, [layer.attn for layer in layers])  # whether the result can be saved
     objective = objective_of(pipe)
     samples = samples if isinstance(samples, Samples) else Samples(samples)
     samples.check_fits(pipe)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from diffusers_linattn.layer_selection import Layers, match_pattern, select_layers
 from diffusers_linattn.lora import lora_switched_off, remove_lora
 from diffusers_linattn.models import Family, find_family, unsupported_message
 from diffusers_linattn.models.projections import PROJECTIONS
@@ -20,7 +21,6 @@ from diffusers_linattn.tracker import check_not_parallel, find_tracker, install_
 
 
 PipelineOrModel = TypeVar("PipelineOrModel")
-Layers = str | int | Callable[[str], bool] | Iterable[str | int]
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def plan(
     """Decide and build what [`install`] will put where, without touching the model."""
     candidates = layers_of(pipe_or_model)
     names = [layer.name for layer in candidates]
-    selected = set(range(len(names))) if layers is None else _select(names, layers)
+    selected = set(range(len(names))) if layers is None else select_layers(names, layers)
     mapping = processor_or_mapping
     if isinstance(mapping, BaseProcessor):
         chosen: dict[int, tuple[str, BaseProcessor | None]] = dict.fromkeys(selected, ("*", mapping))
@@ -176,7 +176,7 @@ def plan(
         for pattern, processor in mapping.items():
             if not isinstance(processor, BaseProcessor | None):
                 raise ValueError(f"The mapping's {pattern!r}: {not_a_processor(processor)}")
-            chosen |= {i: (pattern, processor) for i in _match(names, pattern) if i in selected}
+            chosen |= {i: (pattern, processor) for i in match_pattern(names, pattern) if i in selected}
         for pattern in mapping:
             if not any(pattern == used for used, _ in chosen.values()):
                 raise ValueError(
@@ -386,33 +386,3 @@ def _submodule(attn: nn.Module, name: str) -> Any:
         return attn.get_submodule(name)
     except AttributeError:
         return None
-
-
-def _select(names: list[str], layers: Layers) -> set[int]:
-    if callable(layers):
-        selected = {i for i, name in enumerate(names) if layers(name)}
-        if not selected:
-            raise ValueError(f"layers= selects none of the {len(names)} layers {_some(names)}.")
-        return selected
-    selected = set()
-    for item in layers if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers]:
-        if isinstance(item, int) and not isinstance(item, bool):
-            if not -len(names) <= item < len(names):
-                raise ValueError(f"Layer index {item} is out of range: there are {len(names)} attention layers.")
-            selected.add(item % len(names))
-        else:
-            selected |= set(_match(names, item))
-    return selected
-
-
-def _match(names: list[str], pattern: Any) -> list[int]:
-    if not isinstance(pattern, str):
-        raise ValueError(f"Expected a layer-name pattern such as 'transformer_blocks.*', got {pattern!r}.")
-    matched = [i for i, name in enumerate(names) if fnmatchcase(name, pattern)]
-    if not matched:
-        raise ValueError(f"The pattern {pattern!r} matches none of the {len(names)} layers {_some(names)}.")
-    return matched
-
-
-def _some(names: list[str]) -> str:
-    return f"({names[0]} … {names[-1]})" if names else "(none)"

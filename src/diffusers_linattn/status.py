@@ -53,6 +53,9 @@ class Status:
         """The layers that have a processor of this library."""
         return tuple(layer for layer in self.layers if layer.processor is not None)
 
+    def __repr__(self) -> str:  # what a notebook shows
+        return str(self)
+
     def __str__(self) -> str:
         rows = [("layers", "", "processor", "implementation"), *_rows(self.layers), *_rows(self.left)]
         widths = [max(len(row[i]) for row in rows) for i in range(3)]

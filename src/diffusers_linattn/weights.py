@@ -24,6 +24,7 @@ from diffusers_linattn.linearize import (
     single_transformer_of,
 )
 from diffusers_linattn.lora import LORA_NAME, add_lora, describe_lora, lora_shapes, lora_tensors, lora_to_save
+from diffusers_linattn.models import supported_class
 from diffusers_linattn.offloading import check_offloading
 from diffusers_linattn.processors import BaseProcessor, ClearProcessor
 from diffusers_linattn.processors.base import fused_loras
@@ -44,6 +45,7 @@ from diffusers_linattn.sharing.saved_config import (
     SavedConfig,
     SavedLayer,
     check_metrics,
+    check_readable,
     kind_of,
 )
 from diffusers_linattn.sharing.sources import open_source
@@ -111,13 +113,14 @@ def save_linear_attention(
     provenance = _provenance([processor for _, processor in converted], recipe, metrics)
     base_model, revision = base_model_of(pipe_or_model)
     config = SavedConfig(
-        transformer=type(model).__name__,
+        transformer=supported_class(model),
         layers=layers,
         base_model=base_model,
         base_model_revision=revision,
         recipe=provenance["recipe"],
         metrics=provenance["metrics"],
     )
+    check_readable(config)
     directory = Path(directory)
     write_checkpoint(directory, config, tensors, max_shard_size=max_shard_size, variant=variant)
     for _, processor in converted:
@@ -229,7 +232,7 @@ class _Plan:
 
 def _plan(model: Any, layers: list[Layer], config: SavedConfig, where: str) -> _Plan:
     """A configuration as changes of a model that fits it."""
-    if config.transformer != type(model).__name__:
+    if config.transformer != supported_class(model):
         raise ValueError(
             f"{where} is for a {config.transformer}, this model is a {type(model).__name__}. Load it into "
             f"{config.base_model or 'the base model it was made from'}."

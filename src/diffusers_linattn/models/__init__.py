@@ -5,7 +5,14 @@ Nothing here knows an attention mechanism.
 """
 
 from diffusers_linattn.models.family import Family, ForwardArguments, Layouts
-from diffusers_linattn.models.supported import FAMILIES, REFUSED, find_family, supported_models, unsupported_message
+from diffusers_linattn.models.supported import (
+    FAMILIES,
+    REFUSED,
+    find_family,
+    supported_class,
+    supported_models,
+    unsupported_message,
+)
 
 
 __all__ = [
@@ -15,6 +22,7 @@ __all__ = [
     "ForwardArguments",
     "Layouts",
     "find_family",
+    "supported_class",
     "supported_models",
     "unsupported_message",
 ]

@@ -70,12 +70,13 @@ def supported_models() -> list[str]:
 
 def find_family(model: nn.Module) -> Family | None:
     """The family of a model or of one of its base classes, by class name; `None` when there is none."""
-    for cls in type(model).__mro__:
-        if cls.__name__ in REFUSED:
-            return None
-        if cls.__name__ in FAMILIES:
-            return FAMILIES[cls.__name__]
-    return None
+    return FAMILIES.get(supported_class(model))
+
+
+def supported_class(model: nn.Module) -> str:
+    """The name of a model's class, or of the one in our tables that it is a subclass of."""
+    names = [cls.__name__ for cls in type(model).__mro__]
+    return next((name for name in names if name in REFUSED or name in FAMILIES), names[0])
 
 
 def unsupported_message(problem: str, *classes: type) -> str:
@@ -83,7 +84,7 @@ def unsupported_message(problem: str, *classes: type) -> str:
     for cls in classes:
         for base in cls.__mro__:
             if base.__name__ in REFUSED:
-                return f"{cls.__name__} cannot be converted: {REFUSED[base.__name__]}"
+                return f"{cls.__name__} cannot be converted: {REFUSED[base.__name__]} See docs/models.md for what can."
     unets = [cls.__name__ for cls in classes if "UNet" in cls.__name__]
     if unets:
         return (

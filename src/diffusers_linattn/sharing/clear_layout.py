@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from diffusers_linattn.linearize import Layer
+from diffusers_linattn.models import supported_class
 from diffusers_linattn.processors import ClearProcessor
 from diffusers_linattn.sharing.safetensors_header import Header
 from diffusers_linattn.sharing.saved_config import SavedConfig, SavedLayer
@@ -40,7 +41,7 @@ def read_clear_layout(
     """
     if not any(re.fullmatch(r"(single_)?transformer_blocks\.\d+\.attn\.to_q\.weight", key) for key in header.tensors):
         return None
-    if type(model).__name__ != "FluxTransformer2DModel":
+    if supported_class(model) != "FluxTransformer2DModel":
         raise ValueError(f"{name} holds weights of CLEAR for FLUX.1, this model is a {type(model).__name__}.")
     processor = given or settings_in_name(name)
     if processor is None:
@@ -59,7 +60,7 @@ def read_clear_layout(
         if processor.down_factor > 1:
             names[f"{layer.name}.processor.pool.spatial_weight"] = f"{layer.name}.{POOL}"
     _check_names(name, set(names.values()), set(header.tensors), processor, given is not None)
-    return SavedConfig(type(model).__name__, saved), names
+    return SavedConfig(supported_class(model), saved), names
 
 
 def settings_in_name(name: str) -> ClearProcessor | None:

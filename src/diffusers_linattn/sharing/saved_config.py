@@ -112,6 +112,11 @@ def kind_of(processor: BaseProcessor) -> str:
     return kind
 
 
+def check_readable(config: SavedConfig) -> None:
+    """Raise the ValueError that reading what is to be written would raise."""
+    parse_config(config.to_json(), "What would be saved")
+
+
 def parse_config(content: Any, where: str) -> SavedConfig:
     """Read what [`SavedConfig.to_json`] wrote.
 

@@ -10,9 +10,19 @@ import torch
 from torch import nn
 
 from diffusers_linattn.linearize import Layer, is_quantized
-from diffusers_linattn.lora import LORA_NAME, LowRank, add_lora, describe_lora, lora_tensors, remove_lora
+from diffusers_linattn.lora import (
+    LORA_NAME,
+    LowRank,
+    add_lora,
+    describe_lora,
+    lora_tensors,
+    lora_to_save,
+    remove_lora,
+)
+from diffusers_linattn.models import supported_class
 from diffusers_linattn.models.projections import PROJECTIONS
 from diffusers_linattn.processors.base import RandomInit
+from diffusers_linattn.sharing.saved_config import SavedConfig, SavedLayer, check_readable
 from diffusers_linattn.training.config import DistillConfig
 
 
@@ -67,6 +77,14 @@ def _check_lora(model: nn.Module, layers: Sequence[Layer], rank: int) -> None:
             f"The layers have a LoRA of rank {max(other)} already: give rank={max(other)} to train it further, or "
             "restore() first."
         )
+
+
+def check_can_be_saved(model: nn.Module, layers: Sequence[Layer], config: DistillConfig) -> None:
+    """Raise, before anything is trained, if what will be trained could not be saved and read again."""
+    lora_to_save(model, [layer.attn for layer in layers])
+    low_rank = {"to_q": LowRank(config.rank, 1.0)} if config.trainable == "lora" else {}
+    saved = {layer.name: SavedLayer(layer.processor, lora=low_rank) for layer in layers if layer.processor is not None}
+    check_readable(SavedConfig(supported_class(model), saved))
 
 
 @contextmanager
