@@ -13,7 +13,7 @@ from model_cases import CASES
 
 
 # One of each kind; the others take a quarter of an hour, and run once a week.
-ALWAYS = ("SD3Transformer2DModel", "WanTransformer3DModel", "QwenImageTransformer2DModel", "ZImageTransformer2DModel")
+ALWAYS = ("WanTransformer3DModel", "QwenImageTransformer2DModel", "ZImageTransformer2DModel")
 
 
 @pytest.mark.slow

@@ -1,4 +1,7 @@
-"""The Triton kernels compiled for chips that need not be there: registers, shared memory, asynchronous copies."""
+"""The Triton kernels compiled for chips that need not be there: registers, shared memory, asynchronous copies.
+
+pytest -m machine_code
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from compiled_kernels import CHIPS
 
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.machine_code,
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton"),
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels are not compiled"),
 ]
