@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -148,12 +148,14 @@ def restore(pipe_or_model: PipelineOrModel) -> PipelineOrModel:
     `load_state_dict` or any training with gradients changed them. What else is written into them stays. Restoring what
     was not converted does nothing.
 
+    Raises:
+        ValueError: LoRAs are fused into the layers that were not before; nothing has changed then.
+
     Example:
         >>> pipe = restore(pipe)  # doctest: +SKIP
     """
     layers = layers_of(pipe_or_model)
-    for layer in layers:
-        restore_layer(layer)
+    restore_layers(layers)
     for model in {id(layer.model): layer.model for layer in layers}.values():
         remove_tracker(model)
     return pipe_or_model
@@ -243,13 +245,12 @@ def is_quantized(weight: torch.Tensor) -> bool:
 
 def install(planned: list[tuple[Layer, BaseProcessor | None]]) -> None:
     """Put planned processors into their layers."""
+    restore_layers(layer for layer, _ in planned)
     for layer, processor in planned:
-        restore_layer(layer)
         if processor is None:
             continue
         processor.tracker = install_tracker(layer.model, layer.family)
-        layer.attn.processor = processor
-        layer.attn.register_load_state_dict_pre_hook(keep_before_loading)
+        put_in(layer.attn, processor)
         if processor.reset_projections:
             _reset_projections(layer, processor)
     for model in {id(layer.model): layer.model for layer, _ in planned}.values():
@@ -262,29 +263,35 @@ def install(planned: list[tuple[Layer, BaseProcessor | None]]) -> None:
         offload_again(model)
 
 
-def restore_layer(layer: Layer) -> None:
-    """Give one layer its original processor and weights back."""
-    processor = layer.processor
-    if processor is None:
-        return
-    processor.lost_lora |= remove_lora(layer.model, layer.attn)
-    processor.check_fused_loras(layer.attn)
-    own = processor.weights_of(layer.attn)
-    # Projections that are fused by now are made again from the restored ones.
-    kept = {name: w for name, w in processor.original_weights.items() if name in own or not name.startswith(FUSED)}
-    changed = [(own[name], weight) for name, weight in kept.items()]
-    with torch.no_grad():
-        for parameter, weight in changed:
-            parameter.copy_(weight)
-    if changed:
-        fuse_again(layer.attn)
-    for name in HOST_ATTRIBUTES:
-        if hasattr(processor.original, name):
-            setattr(processor.original, name, getattr(processor, name))
-    set_processor(layer.attn, processor.original)
-    hooks: Any = layer.attn._load_state_dict_pre_hooks
-    for key in [key for key, hook in hooks.items() if getattr(hook, "hook", None) is keep_before_loading]:
-        del hooks[key]
+def restore_layers(layers: Iterable[Layer]) -> None:
+    """Give layers their original processors and weights back: all of them, or none and an error."""
+    converted = [(layer, layer.processor) for layer in layers if layer.processor is not None]
+    for layer, processor in converted:
+        processor.check_fused_loras(layer.attn)
+    for layer, processor in converted:
+        processor.lora = remove_lora(layer.model, layer.attn) or processor.lora
+        own = processor.weights_of(layer.attn)
+        # Projections that are fused by now are made again from the restored ones.
+        kept = {name: w for name, w in processor.original_weights.items() if name in own or not name.startswith(FUSED)}
+        changed = [(own[name], weight) for name, weight in kept.items()]
+        with torch.no_grad():
+            for parameter, weight in changed:
+                parameter.copy_(weight)
+        if changed:
+            fuse_again(layer.attn)
+        for name in HOST_ATTRIBUTES:
+            if hasattr(processor.original, name):
+                setattr(processor.original, name, getattr(processor, name))
+        set_processor(layer.attn, processor.original)
+        hooks: Any = layer.attn._load_state_dict_pre_hooks
+        for key in [key for key, hook in hooks.items() if getattr(hook, "hook", None) is keep_before_loading]:
+            del hooks[key]
+
+
+def put_in(attn: Any, processor: BaseProcessor) -> None:
+    """Put a processor of this library into an attention module that has none."""
+    set_processor(attn, processor)
+    attn.register_load_state_dict_pre_hook(keep_before_loading)
 
 
 def keep_before_loading(attn: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
@@ -309,16 +316,14 @@ def original_attention(pipe_or_model: Any) -> Iterator[None]:
         >>> with original_attention(pipe):  # doctest: +SKIP
         ...     image = pipe("a cat").images[0]
     """
-    converted = [(layer, layer.processor) for layer in layers_of(pipe_or_model)]
+    converted = [(layer, layer.processor) for layer in layers_of(pipe_or_model) if layer.processor is not None]
     switched: list[tuple[nn.Parameter, torch.Tensor]] = []
-    trackers = [tracker for model in transformers_of(pipe_or_model) if (tracker := find_tracker(model))]
-    watched = [tracker.installed for tracker in trackers]
+    found = (find_tracker(model) for model in transformers_of(pipe_or_model))
+    trackers = [(tracker, tracker.installed) for tracker in found if tracker is not None]
     try:
-        for tracker in trackers:
-            tracker.watch(())
+        for tracker, _ in trackers:
+            tracker.installed = ()
         for layer, processor in converted:
-            if processor is None:
-                continue
             processor.check_fused_loras(layer.attn)
             own = processor.weights_of(layer.attn)
             kept = processor.original_weights
@@ -336,16 +341,15 @@ def original_attention(pipe_or_model: Any) -> Iterator[None]:
                 switched.append((own[name], own[name].data))
                 own[name].data = weight.to(own[name].device)
             set_processor(layer.attn, processor.original)
-        with lora_switched_off(layer.attn for layer, processor in converted if processor is not None):
+        with lora_switched_off(layer.attn for layer, _ in converted):
             yield
     finally:
         for parameter, data in switched:
             parameter.data = data
         for layer, processor in converted:
-            if processor is not None:
-                layer.attn.processor = processor
-        for tracker, names in zip(trackers, watched, strict=True):
-            tracker.watch(names)
+            layer.attn.processor = processor
+        for tracker, names in trackers:
+            tracker.installed = names
 
 
 # Projections that `fuse_qkv_projections` adds.

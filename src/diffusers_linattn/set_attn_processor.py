@@ -17,7 +17,7 @@ from diffusers_linattn.linearize import (
     not_a_processor,
     plan,
     restore,
-    restore_layer,
+    restore_layers,
     set_processor,
     transformers_of,
 )
@@ -122,11 +122,10 @@ def _set_mapping(model: Any, mapping: Mapping[str, Any]) -> None:
     if strangers:
         raise ValueError(f"{type(model).__name__} has no attention layer {strangers[0]!r}.")
     planned = plan(model, ours) if ours else []
+    restore_layers([*(layers[place] for place in others if place in layers), *(layer for layer, _ in planned)])
     for place, processor in others.items():
         attn: Any = model.get_submodule(place)
         if attn.processor is not processor:
-            if place in layers:
-                restore_layer(layers[place])
             set_processor(attn, processor)
     install(planned)
     for layer, built in planned:
@@ -151,7 +150,7 @@ def _check_still_trained(place: str, processor: BaseProcessor | None) -> None:
     """Raise for an installed processor that was taken out together with the layer's weights that belong to it."""
     if processor is None or processor.is_template:
         return
-    if processor.original_weights or processor.lost_lora:
+    if processor.original_weights or processor.lora:
         raise ValueError(
             f"The {type(processor).__name__} for {place} belongs with trained projections, or a LoRA, that are not in "
             "this layer: restore() took the trained projections out, or they are in another model. Load the student "

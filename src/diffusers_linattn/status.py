@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from diffusers_linattn.linearize import Layer, layers_of, transformers_of
+from diffusers_linattn.lora import lora_off
 from diffusers_linattn.models import find_family
 from diffusers_linattn.processors.base import BaseProcessor, attention_size
 from diffusers_linattn.tracker import find_tracker
@@ -114,7 +115,8 @@ def _implementation(layer: Layer) -> str:
     device = (tracker.device if tracker is not None else None) or model.device
     query = torch.empty(1, heads, 1, head_dim, dtype=model.dtype, device=device)
     found = [layer.processor.implementation(layout, query) for layout in layouts or (None,)]
-    return " or ".join(dict.fromkeys(found))
+    lost = ", without the LoRA trained with it" if lora_off(layer.attn, layer.processor.lora) else ""
+    return " or ".join(dict.fromkeys(found)) + lost
 
 
 def _left(model: nn.Module, place: str) -> Iterator[LayerStatus]:

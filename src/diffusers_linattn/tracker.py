@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from diffusers_linattn.layout import TokenLayout
+from diffusers_linattn.lora import LORA_NAME, lora_off
 from diffusers_linattn.models import Family, ForwardArguments, Layouts
 from diffusers_linattn.models.family import Memo
 
@@ -38,6 +39,7 @@ class LayoutTracker:
         self.device: torch.device | None = None  # of the latest call; offloaded weights are elsewhere after it
         self.installed: tuple[str, ...] = ()
         self._warned = False
+        self._lora_warning = ""  # of the latest call
         self._memo: Memo = {}
         self._shapes: dict[str, list[list[tuple[str, torch.Tensor]]]] = {}
 
@@ -49,8 +51,8 @@ class LayoutTracker:
             self.device = next((x.device for x in arguments.values() if isinstance(x, torch.Tensor)), None)
         if torch.is_grad_enabled():
             _prepare_for_training(model, self)
-        if not self._warned and not torch.compiler.is_compiling():
-            self._warn_of_replaced(model)
+        if not torch.compiler.is_compiling() and self.installed:
+            self._warn_of_changes(model)
 
     def set(self, scopes: Scopes) -> None:
         """Make `scopes` what [`layouts_of`] answers with."""
@@ -98,25 +100,24 @@ class LayoutTracker:
         self.__dict__.update(state, _own=threading.local())
 
     def watch(self, names: tuple[str, ...]) -> None:
-        """Warn at the next call, once, when one of these layers has lost its processor to another."""
+        """Warn at the next call, once, when one of these layers has lost its processor to another, and once for each
+        state in which they run without the LoRA trained with them."""
         self.installed = names
         self._warned = False
 
-    def replaced(self, model: nn.Module) -> dict[str, str]:
-        """The layers that were converted and have a processor of another kind by now, with the class of it."""
-        found = {}
+    def _warn_of_changes(self, model: nn.Module) -> None:
+        replaced, off = {}, {}
         for name in self.installed:
             try:
-                processor: Any = model.get_submodule(name).processor
+                attn: Any = model.get_submodule(name)
+                processor = attn.processor
             except AttributeError:  # the block was taken out of the model
                 continue
             if getattr(processor, "tracker", None) is not self:
-                found[name] = type(processor).__name__
-        return found
-
-    def _warn_of_replaced(self, model: nn.Module) -> None:
-        replaced = self.replaced(model)
-        if replaced:
+                replaced[name] = type(processor).__name__
+            elif why := lora_off(attn, processor.lora):
+                off[name] = why
+        if replaced and not self._warned:
             self._warned = True
             kinds = ", ".join(sorted(set(replaced.values())))
             warnings.warn(
@@ -125,6 +126,16 @@ class LayoutTracker:
                 "with linearize(), or restore() the model.",
                 stacklevel=4,
             )
+        warning = ""
+        if off:
+            name, why = next(iter(off.items()))
+            warning = (
+                f"{len(off)} of {len(self.installed)} converted layers ({name} …) are not as they were trained: their "
+                f'LoRA "{LORA_NAME}" {why}.'
+            )
+        if warning and warning != self._lora_warning:
+            warnings.warn(warning, stacklevel=4)
+        self._lora_warning = warning
 
 
 def _by_scope(found: Layouts | Mapping[str, Layouts]) -> Scopes:

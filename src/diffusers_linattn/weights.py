@@ -19,15 +19,22 @@ from diffusers_linattn.linearize import (
     is_quantized,
     layers_of,
     plan,
-    restore_layer,
-    set_processor,
+    put_in,
+    restore_layers,
     single_transformer_of,
 )
-from diffusers_linattn.lora import LORA_NAME, add_lora, describe_lora, lora_shapes, lora_tensors, lora_to_save
+from diffusers_linattn.lora import (
+    LORA_NAME,
+    add_lora,
+    describe_lora,
+    fused_loras,
+    lora_shapes,
+    lora_tensors,
+    lora_to_save,
+)
 from diffusers_linattn.models import supported_class
 from diffusers_linattn.offloading import check_offloading
 from diffusers_linattn.processors import BaseProcessor, ClearProcessor
-from diffusers_linattn.processors.base import fused_loras
 from diffusers_linattn.sharing.checkpoint import (
     MAX_OVERHEAD,
     WEIGHTS_NAME,
@@ -90,8 +97,8 @@ def save_linear_attention(
         The directory.
 
     Raises:
-        ValueError: No layer is converted, weights that are offloaded, quantized or not finite, or a folder that holds
-            another variant of other layers.
+        ValueError: No layer is converted, a LoRA that is fused or gone, weights that are offloaded, quantized or not
+            finite, or a folder that holds another variant of other layers.
 
     Example:
         >>> save_linear_attention(pipe, "flux-clear-w16")  # doctest: +SKIP
@@ -261,8 +268,7 @@ def _plan(model: Any, layers: list[Layer], config: SavedConfig, where: str) -> _
 
 def _shapes(layer: Layer, processor: BaseProcessor, saved: SavedLayer) -> dict[str, tuple[int, ...]]:
     own = processor.weights_of(layer.attn)
-    missing = [name for name in saved.weights if name not in own]
-    if missing:
+    if missing := [name for name in saved.weights if name not in own]:
         raise ValueError(f"it has no weight {list_some(missing)}: the checkpoint is for another attention class.")
     if saved.weights and fused_loras(layer.attn):
         raise ValueError(
@@ -312,6 +318,7 @@ def _copy(planned: Planned, checkpoint: Checkpoint, originals: Mapping[str, dict
             processor.original_weights |= {name: kept[name] for name in saved.weights if name in kept}
             processor.keep_original_weights(layer.attn, saved.weights)
             name = LORA_NAME if saved.lora else None
+            processor.lora = tuple(saved.lora)
             for key, parameter in _parameters(layer, processor, saved.weights, name).items():
                 if not parameter.is_meta:
                     parameter.copy_(read(key))
@@ -322,11 +329,12 @@ def _copy(planned: Planned, checkpoint: Checkpoint, originals: Mapping[str, dict
 @contextmanager
 def _as_before_on_failure(layers: list[Layer], model: nn.Module) -> Iterator[None]:
     """Whatever fails within this context leaves the layers as they were before it."""
-    # A dense layer comes back by `restore_layer`. What a converted one holds would be lost: it waits on the CPU.
+    # A dense layer comes back by `restore_layers`. What a converted one holds would be lost: it waits on the CPU.
     before = []
     for layer in layers:
         processor = layer.processor
         if processor is not None:
+            processor.check_fused_loras(layer.attn)  # they can be put back
             name = LORA_NAME if describe_lora(layer.attn, LORA_NAME) else None
             held = _parameters(layer, processor, processor.original_weights, name)
             values = {key: p.detach().to("cpu", copy=True) for key, p in held.items() if not p.is_meta}
@@ -334,11 +342,10 @@ def _as_before_on_failure(layers: list[Layer], model: nn.Module) -> Iterator[Non
     try:
         yield
     except BaseException:
-        for layer in layers:
-            restore_layer(layer)
+        restore_layers(layers)
         add_lora(model, {f"{layer.name}.{place}": low for layer, *_, lora, _ in before for place, low in lora.items()})
         for layer, processor, name, _, values in before:
-            set_processor(layer.attn, processor)
+            put_in(layer.attn, processor)
             with torch.no_grad():
                 for key, parameter in _parameters(layer, processor, processor.original_weights, name).items():
                     if key in values:

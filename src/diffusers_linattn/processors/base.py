@@ -17,6 +17,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from diffusers_linattn.layout import TokenLayout
+from diffusers_linattn.lora import check_fused, fused_loras
 from diffusers_linattn.models.projections import QUERY_PROJECTIONS
 from diffusers_linattn.ops.checks import check_choice
 from diffusers_linattn.processors.attention_call import AnswerAttention, AttentionCall, alike
@@ -71,7 +72,7 @@ class BaseProcessor(nn.Module):
         self.scope = "joint"
         self.original_weights: dict[str, torch.Tensor] = {}
         self.fused_loras: frozenset[tuple[str, str]] = frozenset()
-        self.lost_lora = False  # whether it was taken out of its layer with a LoRA that belongs to it
+        self.lora: tuple[str, ...] = ()  # the modules of its layer that a LoRA trained with it is beside
 
     def to_config(self) -> dict[str, Any]:
         """The constructor arguments, JSON-able; `type(processor).from_config` takes them back."""
@@ -234,7 +235,9 @@ class BaseProcessor(nn.Module):
 
     def keep_original_weights(self, attn: nn.Module, names: Iterable[str]) -> None:
         """Keep a copy of weights of the layer before they change, for `restore`. Kept once; later calls add names."""
-        self.check_fused_loras(attn)
+        names = list(names)
+        if names:
+            self.check_fused_loras(attn)
         weights = self.weights_of(attn)
         for name in names:
             if not self.original_weights:
@@ -243,14 +246,8 @@ class BaseProcessor(nn.Module):
                 self.original_weights[name] = weights[name].detach().clone()
 
     def check_fused_loras(self, attn: nn.Module) -> None:
-        """Raise if LoRAs were fused into the layer, or taken out again, since its original weights were kept."""
-        fused = fused_loras(attn)
-        if self.original_weights and fused != self.fused_loras:
-            now, then = (", ".join(sorted({lora for _, lora in at})) or "none" for at in (fused, self.fused_loras))
-            raise ValueError(
-                "The LoRAs fused into this layer are not those from when its original weights were kept: "
-                f"{now} instead of {then}. Call unfuse_lora(), or fuse_lora() with the same ones, first."
-            )
+        """Raise if what is fused into the layer keeps its original weights from being put back."""
+        check_fused(attn, self.fused_loras if self.original_weights else None)
 
     @staticmethod
     def weights_of(attn: nn.Module) -> dict[str, nn.Parameter]:
@@ -262,8 +259,15 @@ class BaseProcessor(nn.Module):
         }
 
     def own_parameters(self) -> dict[str, nn.Parameter]:
-        """The weights that this processor adds to the model, without those of a stock processor it holds."""
-        return {name: p for name, p in self.named_parameters() if not name.startswith("original.")}
+        """The weights that this processor adds to the model, without those of a stock processor it holds.
+
+        Like those of the layer under the names they have without a LoRA, which may be put beside them as well.
+        """
+        return {
+            name.replace(".base_layer.", "."): parameter
+            for name, parameter in self.named_parameters()
+            if not name.startswith("original.") and ".lora_" not in name
+        }
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
         # The kept weights follow the model to another device or dtype.
@@ -331,12 +335,6 @@ def _weight_like_those_of(attn: nn.Module) -> torch.Tensor:
     # All are stored in another form: layerwise casting says what it computes in, other quantization does not.
     dtype = get_parameter_dtype(attn) if weights else torch.float32
     return torch.empty(0, device=weights[0].device if weights else None, dtype=dtype if dtype in _DTYPES else None)
-
-
-def fused_loras(attn: nn.Module) -> frozenset[tuple[str, str]]:
-    """The LoRAs that are fused into the weights of a layer, as (module, LoRA) names."""
-    loras = ((name, getattr(module, "merged_adapters", None) or ()) for name, module in attn.named_modules())
-    return frozenset((name, lora) for name, merged in loras for lora in merged)
 
 
 class RandomInit(TorchFunctionMode):

@@ -15,6 +15,7 @@ from diffusers_linattn.lora import (
     LowRank,
     add_lora,
     describe_lora,
+    lora_off,
     lora_tensors,
     lora_to_save,
     remove_lora,
@@ -35,6 +36,8 @@ def check_trainable(model: nn.Module, layers: Sequence[Layer], config: DistillCo
     if not layers:
         raise ValueError("No attention layer is converted: linearize(pipe, processor) first.")
     for layer in layers:
+        if why := lora_off(layer.attn, layer.processor.lora):  # type: ignore[union-attr]
+            raise ValueError(f'The LoRA "{LORA_NAME}" that {layer.name} was trained with {why}.')
         if getattr(layer.attn, "fused_projections", False):
             raise ValueError(
                 f"{layer.name} has fused projections, which would leave the trained to_q, to_k and to_v unused: call "
@@ -109,6 +112,7 @@ def trained_parameters(
         for layer in layers if config.trainable == "lora" else ():
             if layer.name not in had_lora:
                 remove_lora(model, layer.attn)
+                layer.processor.lora = ()  # type: ignore[union-attr]
         raise
     finally:
         for parameter in model.parameters():
@@ -166,6 +170,8 @@ def _add_missing_lora(model: Any, layers: Sequence[Layer], had_lora: set[str], c
         raise ValueError(f"{missing[0].name} has no linear projection that a LoRA can stand beside.")
     with RandomInit(seed=config.seed):
         add_lora(model, places, converted=[layer.attn for layer in layers])
+    for layer in layers:
+        layer.processor.lora = tuple(describe_lora(layer.attn, LORA_NAME))  # type: ignore[union-attr]
 
 
 def dtype_of(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> torch.dtype:
