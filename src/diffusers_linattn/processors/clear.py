@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -59,6 +61,11 @@ class ClearProcessor(BaseProcessor):
     def build(self, heads: int, head_dim: int, channels: int, index: int) -> None:
         if self.down_factor > 1:
             self.pool = KeyValuePool(self.down_factor)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if f"{prefix}spatial_weight" in state_dict:  # as CLEAR's own code names it
+            state_dict[f"{prefix}pool.spatial_weight"] = state_dict.pop(f"{prefix}spatial_weight")
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
         pooled_key = pooled_value = None
