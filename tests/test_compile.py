@@ -97,6 +97,20 @@ def test_whole_models_never_see_a_stale_layout(name: str) -> None:
             torch.testing.assert_close(compiled(**inputs)[0], output, atol=1e-5, rtol=0)
 
 
+@torch.no_grad()
+def test_layers_that_stay_eager_in_a_compiled_model() -> None:
+    torch._dynamo.reset()
+    model = linearize(tiny.flux(), ClearProcessor(window=2))
+    inputs, others = tiny.flux_inputs(8, 5), tiny.flux_inputs(5, 8)  # as many tokens
+    expected = model(**inputs)[0]
+    compiled = torch.compile(model, backend="eager")
+    for block in model.transformer_blocks:
+        block.attn.forward = torch._dynamo.disable(block.attn.forward)
+    for call in (model, compiled):
+        call(**others)
+        torch.testing.assert_close(compiled(**inputs)[0], expected, atol=1e-5, rtol=0)
+
+
 def test_restore_is_exact_after_training_a_compiled_model() -> None:
     torch._dynamo.reset()
     model, inputs = tiny.flux(), tiny.flux_inputs()

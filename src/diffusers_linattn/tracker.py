@@ -35,7 +35,8 @@ class LayoutTracker:
         self.family = family
         self.names = tuple(inspect.signature(type(model).forward).parameters)[1:]
         self.last: Scopes = {}  # of the latest call, by whichever thread
-        self._own = threading.local()
+        self._of_thread = threading.local()
+        self._traced = False  # whether the latest call was a compiled one, which cannot tell threads apart
         self.device: torch.device | None = None  # of the latest call; offloaded weights are elsewhere after it
         self.installed: tuple[str, ...] = ()
         self._warned = False
@@ -56,10 +57,10 @@ class LayoutTracker:
 
     def set(self, scopes: Scopes) -> None:
         """Make `scopes` what [`layouts_of`] answers with."""
-        if not torch.compiler.is_compiling():  # Dynamo can neither tell threads apart nor compare layouts
-            self._own.scopes = scopes
-            if scopes == self.last:
-                return
+        self.own = scopes
+        self._traced = torch.compiler.is_compiling()
+        if not self._traced and scopes == self.last:  # Dynamo cannot compare them
+            return
         self.last = scopes
         # The sizes again, as shapes of tensors without elements: inside a compiled block they become symbolic sizes,
         # where plain integers would be guards and cost one graph for each resolution.
@@ -72,9 +73,20 @@ class LayoutTracker:
         }
 
     @property
+    def own(self) -> Scopes | None:
+        """The layouts of this thread's latest call that was not compiled, `None` before the first."""
+        return None if torch.compiler.is_compiling() else getattr(self._of_thread, "scopes", None)
+
+    @own.setter
+    def own(self, scopes: Scopes | None) -> None:
+        if not torch.compiler.is_compiling():
+            self._of_thread.scopes = scopes
+
+    @property
     def current(self) -> Scopes:
-        """The layouts of this thread's latest call; of the latest by any in a thread without one, as autograd has."""
-        return getattr(self._own, "scopes", self.last)
+        """The layouts of this thread's latest call; of the latest by any where it has none, as in autograd."""
+        own = self.own
+        return self.last if self._traced or own is None else own
 
     def layouts_of(self, scope: str) -> tuple[TokenLayout, ...]:
         """The layouts of the current call for a layer of that scope: one for all samples, or one for each.
@@ -82,22 +94,21 @@ class LayoutTracker:
         Raises:
             ValueError: The model has not been called: its layers cannot be called on their own.
         """
-        compiling = torch.compiler.is_compiling()
-        layouts = (self.last if compiling else self.current).get(scope)
+        layouts = self.current.get(scope)
         if layouts is None:
             raise ValueError(
                 "No token layout: call the transformer as model(...) (or its pipeline), not model.forward(...) or one "
                 "of its layers. The layout is read from the arguments, by a hook that forward(...) skips."
             )
-        if compiling:
+        if torch.compiler.is_compiling():
             return tuple(_layout_of_shapes(shapes) for shapes in self._shapes[scope])
         return layouts
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_own"}
+        return {name: value for name, value in self.__dict__.items() if name != "_of_thread"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _own=threading.local())
+        self.__dict__.update(state, _of_thread=threading.local())
 
     def watch(self, names: tuple[str, ...]) -> None:
         """Warn at the next call, once, when one of these layers has lost its processor to another, and once for each
@@ -171,12 +182,13 @@ class CheckpointWithLayout:
         layout = self.tracker.current
 
         def run(*inputs: Any, **named: Any) -> Any:
-            current = self.tracker.current
+            current, own = self.tracker.current, self.tracker.own
             self.tracker.set(layout)
             try:
                 return block(*inputs, **named)
             finally:
                 self.tracker.set(current)
+                self.tracker.own = own  # often in a thread of autograd, which calls no model
 
         return self.checkpoint(run, *args, **kwargs)
 
