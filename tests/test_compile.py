@@ -58,7 +58,7 @@ def stock_graphs() -> int:
         LinearProcessor(),
         GLAProcessor(),
         pytest.param(GLAProcessor(gates="scalar"), marks=pytest.mark.weekly),
-        HybridProcessor(window=2),
+        pytest.param(HybridProcessor(window=2), marks=pytest.mark.weekly),
     ],
     ids=repr,
 )

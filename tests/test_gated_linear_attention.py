@@ -591,7 +591,7 @@ def with_a_reference(text, height, width):
         ("as a layout", one_grid, False),
         ("as shapes", one_grid, False),
         ("as shapes", one_grid, True),
-        ("as shapes", with_a_reference, False),
+        pytest.param("as shapes", with_a_reference, False, marks=pytest.mark.weekly),
     ],
     ids=["layout", "shapes", "initial state", "reference"],
 )
