@@ -57,8 +57,9 @@ def test_variants_fit(flags: dict[str, bool]) -> None:
     ids=str,
 )
 def test_linear_attention_fits(chip: int, head_dim: int, dtype: torch.dtype) -> None:
-    # Between the loops, once per block of queries, some words of those beside text lie in local memory.
-    outside = {"query gradient, text": 64, "product, text": 8, "blend gradients, text": 80} if head_dim == 128 else {}
+    # Between the loops, once per block of queries, some words of those beside text lie in local memory; the most of
+    # them where Triton 3.6 compiles.
+    outside = {"query gradient, text": 48, "product, text": 8, "blend gradients, text": 80} if head_dim == 128 else {}
     if head_dim == 72:  # computed with 128 channels, and a mask
         outside |= {"query gradient": 4, "product, text": 8, "query gradient, text": 160, "blend gradients, text": 80}
     for name in linear.launches(head_dim):

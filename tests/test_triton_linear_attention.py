@@ -73,6 +73,14 @@ def test_nan_stays(dtype, feature_map):
         assert torch.equal(ours.isnan(), theirs.isnan())
 
 
+def test_more_heads_than_a_launch_has_programs():
+    query = torch.randn(2**15, 2, 1, 8)
+    with pytest.raises(
+        ValueError, match="at most 65535 heads of all samples together, got 32768 x 2: split the batch"
+    ):
+        linear_attention(query, query, query, TokenLayout.image((1, 1, 1)), impl="triton")
+
+
 @pytest.mark.parametrize("feature_map", ["relu", "softmax"])
 @pytest.mark.parametrize("text", [32, 64])
 def test_text_of_whole_blocks(text, feature_map):

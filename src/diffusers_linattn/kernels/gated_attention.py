@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from diffusers_linattn.kernels.launching import adjacent, empty_like, fp32_precision, run_kernel, strides_of
+from diffusers_linattn.kernels.launching import MAX_GRID, adjacent, empty_like, fp32_precision, run_kernel, strides_of
 from diffusers_linattn.kernels.scan_paths import describe_path
 
 
@@ -22,10 +22,8 @@ CHUNK = 64
 MAX_DIM = 256
 IN_KERNEL_FEATURES = ("none", "relu", "elu")
 
-# Bytes of memory for states, weights and decayed queries and keys, and programs along an axis of a grid but its first:
-# heads beyond them wait for the next launch.
+# Bytes of memory for states, weights and decayed queries and keys: heads beyond it wait for the next launch.
 _WORKSPACE = 2**31
-_MAX_GRID = 65535
 
 # Features that a program works on at a time where it computes decays: more need too many registers.
 BLOCK = 16
@@ -236,7 +234,7 @@ class _Call:
         states = (self.chunks + 2) * (1 + self.both) * key_dim * value_dim * (1 + training)
         inside = self.chunks * CHUNK * ((1 + self.both) * key_dim * 2 + CHUNK * (1 + training))
         num_heads = self.query.shape[0] * self.query.shape[1]
-        fitting = max(1, min(_MAX_GRID, _WORKSPACE // ((states + inside) * self.dtype.itemsize)))
+        fitting = max(1, min(MAX_GRID, _WORKSPACE // ((states + inside) * self.dtype.itemsize)))
         step = max(1, -(-num_heads // max(1, -(-num_heads // fitting))))
         for first in range(0, num_heads if self.chunks else 0, step):
             yield _Heads(self, first, min(step, num_heads - first))

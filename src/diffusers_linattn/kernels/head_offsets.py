@@ -1,20 +1,9 @@
-"""Which head a program is for, and where its vectors begin; shared by the Triton kernels."""
+"""Where the vectors of a head begin; shared by all Triton kernels."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-
-@triton.jit
-def locate_program(blocks, heads):
-    """A program's block, one of `blocks` of each head; the head's place among those of all samples; its sample, and
-    its place there.
-
-    All along the first axis of the grid: the others end at 65535.
-    """
-    slot = tl.program_id(0) // blocks
-    return tl.program_id(0) % blocks, slot.to(tl.int64), (slot // heads).to(tl.int64), (slot % heads).to(tl.int64)
 
 
 @triton.jit

@@ -18,6 +18,9 @@ LOG2_E = math.log2(math.e)
 # negative numbers. For smaller scales, and negative ones, they get a mask of zeros.
 SMALLEST_SCALE = 1e-10
 
+# Programs along any axis of a grid but its first.
+MAX_GRID = 65535
+
 # Chips with 99 KB of shared memory per block: consumer cards. The others have 163 KB (sm_80) or 227 KB.
 SMALL_CHIPS = (86, 87, 89, 120, 121)
 

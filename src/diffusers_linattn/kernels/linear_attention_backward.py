@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from diffusers_linattn.kernels.head_offsets import head_offset, locate_program
+from diffusers_linattn.kernels.head_offsets import head_offset
 from diffusers_linattn.kernels.linear_blocks import (
     features,
     load_block,
@@ -25,7 +25,7 @@ from diffusers_linattn.kernels.linear_blocks import (
 )
 
 
-@triton.jit(do_not_specialize=["blocks", "heads", "num_tokens", "num_text", "share"])
+@triton.jit(do_not_specialize=["heads", "num_tokens", "num_text", "share"])
 def feature_gradient_kernel(
     query,
     grad,
@@ -64,7 +64,6 @@ def feature_gradient_kernel(
     stride_dn,
     scale,
     log2_scale,
-    blocks,
     heads,
     num_tokens,
     num_text,
@@ -85,25 +84,25 @@ def feature_gradient_kernel(
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid (blocks of features * batch * heads, shares of `share` tokens).
+    """Grid (blocks of features, shares of `share` tokens, batch * heads).
 
     Writes dquery and, normalized, the numbers of every query that the other gradients need, fp32
     (batch * heads, tokens): shrunk = w and minus_delta = −δ.
     """
-    own_block, slot, batch, head = locate_program(blocks, heads)
+    batch, head = (tl.program_id(2) // heads).to(tl.int64), (tl.program_id(2) % heads).to(tl.int64)
     COLUMN_BLOCKS: tl.constexpr = (COLUMNS + BLOCK_V - 1) // BLOCK_V
     # Without text and with all features at hand, δ = w φ(q)·(S g), which needs no output.
     ALONE: tl.constexpr = FEATURES <= BLOCK_K and not HAS_TEXT
-    feature = own_block * BLOCK_K + tl.arange(0, BLOCK_K)
+    feature = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     column = tl.arange(0, BLOCK_V)
     query += head_offset(batch, head, stride_qb, stride_qh, FEATURES)
     grad += head_offset(batch, head, stride_gb, stride_gh, COLUMNS)
     out += head_offset(batch, head, stride_ob, stride_oh, COLUMNS)
     dquery += head_offset(batch, head, stride_db, stride_dh, FEATURES)
     weights += batch * stride_wb + head * stride_wh
-    numbers = slot * num_tokens
-    state += slot * FEATURES * COLUMNS
-    normalizer += slot * FEATURES
+    numbers = tl.program_id(2).to(tl.int64) * num_tokens
+    state += tl.program_id(2).to(tl.int64) * FEATURES * COLUMNS
+    normalizer += tl.program_id(2).to(tl.int64) * FEATURES
     if HAS_TEXT:
         text_key += head_offset(batch, head, stride_tkb, stride_tkh, FEATURES)
         text_value += head_offset(batch, head, stride_tvb, stride_tvh, COLUMNS)
@@ -147,7 +146,7 @@ def feature_gradient_kernel(
             acc = (acc - products[:, None] * count[None, :]) * w[:, None]
             written = valid
             if FEATURES > BLOCK_K:  # by the first block of features
-                written = valid & (token >= own_block * BLOCK_M)
+                written = valid & (token >= tl.program_id(0) * BLOCK_M)
             tl.store(shrunk + numbers + token0 + token, w, mask=written)
             tl.store(minus_delta + numbers + token0 + token, -products, mask=written)
         else:
@@ -208,7 +207,7 @@ def add_text_to_query_gradient(
     return acc
 
 
-@triton.jit(do_not_specialize=["blocks", "heads", "num_tokens", "share"])
+@triton.jit(do_not_specialize=["heads", "num_tokens", "share"])
 def narrow_gradients_kernel(
     key,
     value,
@@ -231,7 +230,6 @@ def narrow_gradients_kernel(
     stride_dvb,
     stride_dvh,
     stride_dvn,
-    blocks,
     heads,
     num_tokens,
     share,
@@ -245,20 +243,20 @@ def narrow_gradients_kernel(
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid (batch * heads, shares of `share` tokens).
+    """Grid (1, shares of `share` tokens, batch * heads).
 
     Writes dkey and dvalue from the gradients of state and normalizer, for heads that are one block: what two launches
     would write, with key and value read once.
     """
-    _, slot, batch, head = locate_program(blocks, heads)
+    batch, head = (tl.program_id(2) // heads).to(tl.int64), (tl.program_id(2) % heads).to(tl.int64)
     feature, column = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
     key += head_offset(batch, head, stride_kb, stride_kh, FEATURES)
     value += head_offset(batch, head, stride_vb, stride_vh, COLUMNS)
     weights += batch * stride_wb + head * stride_wh
     dkey += head_offset(batch, head, stride_dkb, stride_dkh, FEATURES)
     dvalue += head_offset(batch, head, stride_dvb, stride_dvh, COLUMNS)
-    state += slot * FEATURES * COLUMNS
-    normalizer += slot * FEATURES
+    state += tl.program_id(2).to(tl.int64) * FEATURES * COLUMNS
+    normalizer += tl.program_id(2).to(tl.int64) * FEATURES
     whole = load_state(state, feature, column, FEATURES, COLUMNS, False)
     high, low = split(whole, key.dtype.element_ty, SPLIT, PRECISION)
     count = tl.load(normalizer + feature, mask=feature < FEATURES, other=0.0)
@@ -281,7 +279,7 @@ def narrow_gradients_kernel(
         store_block(dvalue, token0, stride_dvn, dv, valid, column, COLUMNS)
 
 
-@triton.jit(do_not_specialize=["blocks", "heads", "num_tokens", "num_text", "share"])
+@triton.jit(do_not_specialize=["heads", "num_tokens", "num_text", "share"])
 def text_gradients_kernel(
     query,
     grad,
@@ -308,7 +306,6 @@ def text_gradients_kernel(
     stride_bh,
     scale,
     log2_scale,
-    blocks,
     heads,
     num_tokens,
     num_text,
@@ -322,18 +319,18 @@ def text_gradients_kernel(
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid (blocks of text * batch * heads, shares of `share` queries).
+    """Grid (blocks of text, shares of `share` queries, batch * heads).
 
     Writes dkey (shares, batch * heads, text tokens, K) and dvalue (…, V), fp32.
     """
-    own_block, slot, batch, head = locate_program(blocks, heads)
+    batch, head = (tl.program_id(2) // heads).to(tl.int64), (tl.program_id(2) % heads).to(tl.int64)
     feature, column = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
     query += head_offset(batch, head, stride_qb, stride_qh, FEATURES)
     grad += head_offset(batch, head, stride_gb, stride_gh, COLUMNS)
-    numbers = slot * num_tokens
+    numbers = tl.program_id(2).to(tl.int64) * num_tokens
     text_key += head_offset(batch, head, stride_tkb, stride_tkh, FEATURES)
     text_value += head_offset(batch, head, stride_tvb, stride_tvh, COLUMNS)
-    text0 = own_block * BLOCK_T
+    text0 = tl.program_id(0) * BLOCK_T
     text = text0 + tl.arange(0, BLOCK_T)
     there = text < num_text
     k = load_block(text_key, text0, stride_tkn, there, feature, FEATURES)
@@ -367,7 +364,7 @@ def text_gradients_kernel(
             ds = p * (dp + tl.load(minus_delta + number)[None, :])
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
 
-    place = tl.program_id(1).to(tl.int64) * (tl.num_programs(0) // blocks) + slot
+    place = tl.program_id(1).to(tl.int64) * tl.num_programs(2) + tl.program_id(2)
     dkey += place * num_text * FEATURES
     dvalue += place * num_text * COLUMNS
     store_block(dkey, text0, FEATURES, dk * scale, there, feature, FEATURES)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from diffusers_linattn.kernels.head_offsets import head_offset, locate_program
+from diffusers_linattn.kernels.head_offsets import head_offset
 from diffusers_linattn.kernels.linear_blocks import (
     EPS,
     features,
@@ -27,7 +27,7 @@ from diffusers_linattn.kernels.linear_blocks import (
 from diffusers_linattn.kernels.local_attention_forward import attend
 
 
-@triton.jit(do_not_specialize=["blocks", "heads", "num_tokens", "share"])
+@triton.jit(do_not_specialize=["heads", "num_tokens", "share"])
 def state_kernel(
     key,
     value,
@@ -43,7 +43,6 @@ def state_kernel(
     stride_vn,
     stride_wb,
     stride_wh,
-    blocks,
     heads,
     num_tokens,
     share,
@@ -58,15 +57,15 @@ def state_kernel(
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid (blocks of the state * batch * heads, shares of `share` tokens).
+    """Grid (blocks of the state, shares of `share` tokens, batch * heads).
 
     Writes state (shares, batch * heads, K, V) and normalizer (shares, batch * heads, K), fp32: Σ w φ(k) v and
     Σ w φ(k) c with the weights w and the counts c of the tokens, which are 1 where not given.
     """
-    own_block, slot, batch, head = locate_program(blocks, heads)
+    batch, head = (tl.program_id(2) // heads).to(tl.int64), (tl.program_id(2) % heads).to(tl.int64)
     COLUMN_BLOCKS: tl.constexpr = (COLUMNS + BLOCK_V - 1) // BLOCK_V
-    feature = own_block // COLUMN_BLOCKS * BLOCK_K + tl.arange(0, BLOCK_K)
-    column = own_block % COLUMN_BLOCKS * BLOCK_V + tl.arange(0, BLOCK_V)
+    feature = tl.program_id(0) // COLUMN_BLOCKS * BLOCK_K + tl.arange(0, BLOCK_K)
+    column = tl.program_id(0) % COLUMN_BLOCKS * BLOCK_V + tl.arange(0, BLOCK_V)
     key += head_offset(batch, head, stride_kb, stride_kh, FEATURES)
     value += head_offset(batch, head, stride_vb, stride_vh, COLUMNS)
     weights += batch * stride_wb + head * stride_wh
@@ -97,14 +96,14 @@ def state_kernel(
             acc = tl.dot(phi, v, acc, input_precision=PRECISION)
         count += weigh(phi, counted, SPLIT, PRECISION)
 
-    place = tl.program_id(1).to(tl.int64) * (tl.num_programs(0) // blocks) + slot
+    place = tl.program_id(1).to(tl.int64) * tl.num_programs(2) + tl.program_id(2)
     pointers = state + place * FEATURES * COLUMNS + feature[:, None] * COLUMNS + column[None, :]
     tl.store(pointers, acc, mask=(feature < FEATURES)[:, None] & (column < COLUMNS)[None, :])
-    first_columns = tl.arange(0, BLOCK_K) >= own_block % COLUMN_BLOCKS * BLOCK_K
+    first_columns = tl.arange(0, BLOCK_K) >= tl.program_id(0) % COLUMN_BLOCKS * BLOCK_K
     tl.store(normalizer + place * FEATURES + feature, count, mask=(feature < FEATURES) & first_columns)
 
 
-@triton.jit(do_not_specialize=["blocks", "heads", "num_tokens", "num_text", "share"])
+@triton.jit(do_not_specialize=["heads", "num_tokens", "num_text", "share"])
 def product_kernel(
     query,
     state,
@@ -132,7 +131,6 @@ def product_kernel(
     stride_oh,
     stride_on,
     log2_scale,
-    blocks,
     heads,
     num_tokens,
     num_text,
@@ -153,22 +151,22 @@ def product_kernel(
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid (blocks of value columns * batch * heads, shares of `share` tokens).
+    """Grid (blocks of value columns, shares of `share` tokens, batch * heads).
 
     Normalized, writes the attention of the queries, out (batch, heads, tokens, V), and the base-2 logarithm of the
     denominator, lse (batch * heads, tokens). Otherwise writes w φ(q) S alone. `log2_scale` is the scale of the scores
     times log2(e), which the bias contains, fp32 (batch, heads, text tokens).
     """
-    own_block, slot, batch, head = locate_program(blocks, heads)
+    batch, head = (tl.program_id(2) // heads).to(tl.int64), (tl.program_id(2) % heads).to(tl.int64)
     FEATURE_BLOCKS: tl.constexpr = (FEATURES + BLOCK_K - 1) // BLOCK_K
     feature = tl.arange(0, BLOCK_K)
-    column = own_block * BLOCK_V + tl.arange(0, BLOCK_V)
+    column = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     query += head_offset(batch, head, stride_qb, stride_qh, FEATURES)
     out += head_offset(batch, head, stride_ob, stride_oh, COLUMNS)
-    lse += slot * num_tokens
+    lse += tl.program_id(2).to(tl.int64) * num_tokens
     weights += batch * stride_wb + head * stride_wh
-    state += slot * FEATURES * COLUMNS
-    normalizer += slot * FEATURES
+    state += tl.program_id(2).to(tl.int64) * FEATURES * COLUMNS
+    normalizer += tl.program_id(2).to(tl.int64) * FEATURES
     if HAS_TEXT:
         text_key += head_offset(batch, head, stride_tkb, stride_tkh, FEATURES)
         text_value += head_offset(batch, head, stride_tvb, stride_tvh, COLUMNS)
@@ -209,7 +207,7 @@ def product_kernel(
                     log2_scale, num_text, FEATURES, COLUMNS, BLOCK_T, HAS_BIAS, RAGGED, PRECISION,
                 )  # fmt: skip
             acc = acc * (1.0 / total)[:, None]
-            tl.store(lse + token0 + token, peak + tl.log2(total), mask=valid & (token >= own_block * BLOCK_M))
+            tl.store(lse + token0 + token, peak + tl.log2(total), mask=valid & (token >= tl.program_id(0) * BLOCK_M))
         elif WEIGHTED:
             acc = acc * tl.load(weights + token0 + token, mask=valid, other=0.0)[:, None]
         store_block(out, token0, stride_on, acc, valid, column, COLUMNS)

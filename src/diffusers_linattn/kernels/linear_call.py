@@ -10,7 +10,15 @@ from typing import Any
 
 import torch
 
-from diffusers_linattn.kernels.launching import LOG2_E, SMALLEST_SCALE, adjacent, chip_of, fp32_precision, run_kernel
+from diffusers_linattn.kernels.launching import (
+    LOG2_E,
+    MAX_GRID,
+    SMALLEST_SCALE,
+    adjacent,
+    chip_of,
+    fp32_precision,
+    run_kernel,
+)
 from diffusers_linattn.kernels.linear_launches import Launch, block_of, choose_launch, share_tokens
 
 
@@ -129,11 +137,15 @@ class Call:
         batch, heads, num_tokens, _ = self.tokens.shape
         if not batch * heads:
             return
+        if batch * heads > MAX_GRID:
+            raise ValueError(
+                f"impl='triton' takes at most {MAX_GRID} heads of all samples together, got {batch} x {heads}: split "
+                "the batch, or use another impl."
+            )
         launch, share, shares = self.plan(kernel.__name__, blocks)
         given = {"weights": self.weights, **self.text, **tensors}
         weighted = given["weights"] is not None
         numbers = {
-            "blocks": blocks,
             "heads": heads,
             "num_tokens": num_tokens,
             "num_text": self.num_text,
@@ -169,7 +181,7 @@ class Call:
             else:
                 tensor = given.get(name)
                 arguments[name] = self.tokens if tensor is None else tensor  # where there is none it is not read
-        grid = (blocks * batch * heads, shares)
+        grid = (blocks, shares, batch * heads)
         options = {"num_warps": launch.warps, "num_stages": launch.stages}
         run_kernel(kernel, grid, self.tokens.device, **arguments, **options)
 

@@ -12,13 +12,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from diffusers_linattn.kernels.head_offsets import head_offset, locate_program
+from diffusers_linattn.kernels.head_offsets import head_offset
 from diffusers_linattn.kernels.linear_attention_backward import add_text_to_query_gradient
 from diffusers_linattn.kernels.linear_attention_forward import add_text
 from diffusers_linattn.kernels.linear_blocks import EPS, load_block, store_block
 
 
-@triton.jit(do_not_specialize=["blocks", "heads", "num_tokens", "num_text", "share"])
+@triton.jit(do_not_specialize=["heads", "num_tokens", "num_text", "share"])
 def blend_kernel(
     query,
     value,
@@ -46,7 +46,6 @@ def blend_kernel(
     stride_oh,
     stride_on,
     log2_scale,
-    blocks,
     heads,
     num_tokens,
     num_text,
@@ -62,18 +61,18 @@ def blend_kernel(
     RAGGED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid (blocks of value columns * batch * heads, shares of `share` tokens).
+    """Grid (blocks of value columns, shares of `share` tokens, batch * heads).
 
     value are the sums, fp32 (batch, heads, tokens, V), counts the sums of their weights, fp32 (batch * heads, tokens).
     Writes out (batch, heads, tokens, V) and the base-2 logarithm of the denominator, lse (batch * heads, tokens).
     """
-    own_block, slot, batch, head = locate_program(blocks, heads)
-    column, feature = own_block * BLOCK_V + tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_K)
+    batch, head = (tl.program_id(2) // heads).to(tl.int64), (tl.program_id(2) % heads).to(tl.int64)
+    column, feature = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_K)
     query += head_offset(batch, head, stride_qb, stride_qh, FEATURES)
     value += head_offset(batch, head, stride_vb, stride_vh, COLUMNS)
     out += head_offset(batch, head, stride_ob, stride_oh, COLUMNS)
-    counts += slot * num_tokens
-    lse += slot * num_tokens
+    counts += tl.program_id(2).to(tl.int64) * num_tokens
+    lse += tl.program_id(2).to(tl.int64) * num_tokens
     if HAS_TEXT:
         text_key += head_offset(batch, head, stride_tkb, stride_tkh, FEATURES)
         text_value += head_offset(batch, head, stride_tvb, stride_tvh, COLUMNS)
@@ -93,11 +92,11 @@ def blend_kernel(
                 acc, total, q, text_key, text_value, text_bias, stride_tkn, stride_tvn, feature, column,
                 log2_scale, num_text, FEATURES, COLUMNS, BLOCK_T, HAS_BIAS, RAGGED, PRECISION,
             )  # fmt: skip
-        tl.store(lse + token0 + token, peak + tl.log2(total), mask=valid & (token >= own_block * BLOCK_M))
+        tl.store(lse + token0 + token, peak + tl.log2(total), mask=valid & (token >= tl.program_id(0) * BLOCK_M))
         store_block(out, token0, stride_on, acc * (1.0 / total)[:, None], valid, column, COLUMNS)
 
 
-@triton.jit(do_not_specialize=["blocks", "heads", "num_tokens", "num_text", "share"])
+@triton.jit(do_not_specialize=["heads", "num_tokens", "num_text", "share"])
 def blend_gradients_kernel(
     query,
     grad,
@@ -135,7 +134,6 @@ def blend_gradients_kernel(
     stride_sn,
     scale,
     log2_scale,
-    blocks,
     heads,
     num_tokens,
     num_text,
@@ -151,18 +149,18 @@ def blend_gradients_kernel(
     RAGGED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid (batch * heads, shares of `share` tokens).
+    """Grid (1, shares of `share` tokens, batch * heads).
 
     Writes dsums, dcounts, beside text dquery, and minus_delta = −δ (batch * heads, tokens), fp32.
     """
-    _, slot, batch, head = locate_program(blocks, heads)
+    batch, head = (tl.program_id(2) // heads).to(tl.int64), (tl.program_id(2) % heads).to(tl.int64)
     feature = tl.arange(0, BLOCK_K)
     query += head_offset(batch, head, stride_qb, stride_qh, FEATURES)
     grad += head_offset(batch, head, stride_gb, stride_gh, COLUMNS)
     out += head_offset(batch, head, stride_ob, stride_oh, COLUMNS)
     dquery += head_offset(batch, head, stride_db, stride_dh, FEATURES)
     dsums += head_offset(batch, head, stride_sb, stride_sh, COLUMNS)
-    numbers = slot * num_tokens
+    numbers = tl.program_id(2).to(tl.int64) * num_tokens
     if HAS_TEXT:
         text_key += head_offset(batch, head, stride_tkb, stride_tkh, FEATURES)
         text_value += head_offset(batch, head, stride_tvb, stride_tvh, COLUMNS)
