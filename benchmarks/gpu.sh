@@ -59,12 +59,16 @@ warm_up_flex() {
 compile() {
   (
     status=0 log="$scratch/$BASHPID.log"
-    timeout -k 5 "$1" python3 "benchmarks/gpu_$2.py" --output "$scratch" "${@:3}" >"$log" 2>&1 || status=$?
+    # There are more processes than cores.
+    OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=2 \
+      timeout -k 5 "$1" python3 "benchmarks/gpu_$2.py" --output "$scratch" "${@:3}" >"$log" 2>&1 || status=$?
     echo "compiled in $SECONDS s, status $status: ${*:2}"
     if ((status)); then tail -n 3 "$log"; fi
   ) &
 }
 
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
 failed=0
 # `part END COMMAND...` runs a command, which takes a limit first, until so many seconds after the start. One that fails
 # or runs out of time says so, and the others go on: each checks its own results before it times them, and stores row by
@@ -84,10 +88,7 @@ part() {
 
 case "${1:-all}" in
   all)
-    scratch=$(mktemp -d)
-    trap 'rm -rf "$scratch"' EXIT
-    # There are more processes than cores.
-    OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=2 warm_up 210 &
+    warm_up 210 &
     part 215 tests
     wait
     part 335 benchmark windowed --seconds 0.2
@@ -99,9 +100,7 @@ case "${1:-all}" in
     ;;
   tests) tests 540 ;;
   windowed)
-    scratch=$(mktemp -d)
-    trap 'rm -rf "$scratch"' EXIT
-    OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=2 warm_up_flex 240
+    warm_up_flex 240
     benchmark $((540 - SECONDS)) windowed --flex-windows 8 16 32
     ;;
   linear | gated | flux) benchmark 540 "$1" ;;

@@ -299,13 +299,14 @@ def keep_before_loading(attn: nn.Module, state_dict: Mapping[str, Any], prefix: 
     processor: Any = attn.processor
     if not isinstance(processor, BaseProcessor):
         return
+    names = {parameter: name for name, parameter in processor.weights_of(attn).items()}
     changed = []
-    for name, parameter in attn.named_parameters():
-        value = state_dict.get(prefix + name)
-        if isinstance(value, torch.Tensor) and value.shape == parameter.shape and not parameter.is_meta:
-            if not torch.equal(value.to(parameter), parameter):
-                changed.append(name.replace(".base_layer.", "."))
-    processor.keep_original_weights(attn, [name for name in changed if name in processor.weights_of(attn)])
+    for key, parameter in attn.named_parameters():
+        value = state_dict.get(prefix + key)
+        if parameter in names and isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+            if not parameter.is_meta and not torch.equal(value.to(parameter), parameter):
+                changed.append(names[parameter])
+    processor.keep_original_weights(attn, changed)
 
 
 @contextmanager

@@ -53,7 +53,6 @@ from diffusers_linattn.sharing.saved_config import (
     SavedLayer,
     check_metrics,
     check_readable,
-    kind_of,
 )
 from diffusers_linattn.sharing.sources import open_source
 from diffusers_linattn.tracker import remove_tracker
@@ -112,7 +111,6 @@ def save_linear_attention(
     tensors: dict[str, torch.Tensor] = {}
     for layer, processor in converted:
         processor.check_fused_loras(layer.attn)
-        kind_of(processor)
         changed = _changed_weights(layer, processor)
         layers[layer.name] = SavedLayer(processor, tuple(changed), describe_lora(layer.attn, lora_name))
         tensors |= _parameters(layer, processor, changed, lora_name)

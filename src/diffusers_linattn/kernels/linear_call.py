@@ -137,7 +137,7 @@ class Call:
         batch, heads, num_tokens, _ = self.tokens.shape
         if not batch * heads:
             return
-        if batch * heads > MAX_GRID:
+        if batch * heads > MAX_GRID:  # not beside the other conditions: a compiled function would bound the batch
             raise ValueError(
                 f"impl='triton' takes at most {MAX_GRID} heads of all samples together, got {batch} x {heads}: split "
                 "the batch, or use another impl."

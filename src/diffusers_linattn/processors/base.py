@@ -252,22 +252,14 @@ class BaseProcessor(nn.Module):
     @staticmethod
     def weights_of(attn: nn.Module) -> dict[str, nn.Parameter]:
         """The weights of a layer without those of its processor, under the names they have without a LoRA."""
-        return {
-            name.replace(".base_layer.", "."): parameter
-            for name, parameter in attn.named_parameters()
-            if not name.startswith("processor.") and ".lora_" not in name
-        }
+        return _without_lora(attn, but="processor.")
 
     def own_parameters(self) -> dict[str, nn.Parameter]:
         """The weights that this processor adds to the model, without those of a stock processor it holds.
 
         Like those of the layer under the names they have without a LoRA, which may be put beside them as well.
         """
-        return {
-            name.replace(".base_layer.", "."): parameter
-            for name, parameter in self.named_parameters()
-            if not name.startswith("original.") and ".lora_" not in name
-        }
+        return _without_lora(self, but="original.")
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
         # The kept weights follow the model to another device or dtype.
@@ -321,6 +313,15 @@ _signed_class: Callable[[Any, Any], Any] = functools.cache(_make_signed_class)
 def _new_signed(cls: type[BaseProcessor], stock_kind: Any) -> BaseProcessor:
     signed = _signed_class(cls, stock_kind)
     return signed.__new__(signed)
+
+
+def _without_lora(module: nn.Module, but: str) -> dict[str, nn.Parameter]:
+    """The parameters of a module, except those whose names begin with `but`, under the names without a LoRA."""
+    return {
+        name.replace(".base_layer.", "."): parameter
+        for name, parameter in module.named_parameters()
+        if not name.startswith(but) and ".lora_" not in name
+    }
 
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

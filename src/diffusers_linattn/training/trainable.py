@@ -85,6 +85,7 @@ def _check_lora(model: nn.Module, layers: Sequence[Layer], rank: int) -> None:
 def check_can_be_saved(model: nn.Module, layers: Sequence[Layer], config: DistillConfig) -> None:
     """Raise, before anything is trained, if what will be trained could not be saved and read again."""
     lora_to_save(model, [layer.attn for layer in layers])
+    # Of the LoRA, only the rank is looked at.
     low_rank = {"to_q": LowRank(config.rank, 1.0)} if config.trainable == "lora" else {}
     saved = {layer.name: SavedLayer(layer.processor, lora=low_rank) for layer in layers if layer.processor is not None}
     check_readable(SavedConfig(supported_class(model), saved))
