@@ -10,7 +10,7 @@ from diffusers import FluxPipeline
 from diffusers_linattn import ClearProcessor, distill, load_linear_attention, make_samples, restore, status
 
 
-pipe = FluxPipeline.from_pretrained("black-forest-labs/FLUX.1-dev", torch_dtype=torch.bfloat16).to("cuda")
+pipe = FluxPipeline.from_pretrained("black-forest-labs/FLUX.1-dev", dtype=torch.bfloat16).to("cuda")
 pipe.set_attn_processor(ClearProcessor(window=16))
 
 # A text file with one prompt per line; the original attention makes the samples.

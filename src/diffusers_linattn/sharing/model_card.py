@@ -125,7 +125,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers_linattn import load_linear_attention
 
-pipe = DiffusionPipeline.from_pretrained({source}, torch_dtype=torch.bfloat16).to("cuda")
+pipe = DiffusionPipeline.from_pretrained({source}, dtype=torch.bfloat16).to("cuda")
 load_linear_attention(pipe, "{repo_id}")
 ```
 
