@@ -16,7 +16,7 @@ from compiled_kernels import CHIPS, HEADER, TYPES, Compiled, compile_for
 
 
 _TYPES = {
-    **dict.fromkeys(("bias", "lse", "delta", "pairs", "partial"), "fp32"),
+    **dict.fromkeys(("bias", "lse", "minus_grad_lse", "delta", "pairs", "partial"), "fp32"),
     **dict.fromkeys(("items", "runs", "query_segments", "key_segments"), "i32"),
     "places": "i64",
 }

@@ -79,8 +79,8 @@ def compile_for(
         else:
             stride = argument.startswith("stride_")
             signature[argument] = "i32" if stride else "*" + types.get(argument, TYPES[dtype])
-            # 16 does not divide strides between heads of 72 in tensors of (batch, tokens, heads, head_dim).
-            if not (stride and argument.endswith("h") and head_dim % 16):
+            # 16 does not divide strides between heads, or tokens, of 72 channels.
+            if not (stride and head_dim % 16):
                 attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}

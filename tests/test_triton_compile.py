@@ -32,20 +32,25 @@ def test_no_spills_and_asynchronous_copies(chip: int, head_dim: int, dtype: torc
     for name, tiles in windowed.launches(head_dim, dtype, chip).items():
         result = windowed.compile_kernel(name, tiles, head_dim, dtype, chip)
         assert result.loop_spills == 0, f"{name}: {result}"
-        assert result.spills <= (8 if dtype == torch.float32 else 0), f"{name}: {result}"
+        assert result.spills <= (8 if dtype == torch.float32 or head_dim == 72 else 0), f"{name}: {result}"
         assert result.shared <= CHIPS[chip], f"{name}: {result}"
         assert result.loops == result.asynchronous == 2, f"{name}: {result}"
         # Keys and values of a tile are a group each; tiles are found by a list, which must not be waited for instead.
         assert result.under_way >= 2 * (tiles.stages - 2), f"{name}: {result}"
 
 
-@pytest.mark.parametrize("flags", [{"HAS_BIAS": True}, {"HAS_POOLED": True}, {"TIMED": True}], ids=str)
+@pytest.mark.parametrize(
+    "flags",
+    [{"HAS_BIAS": True}, {"HAS_POOLED": True}, {"HAS_BIAS": True, "HAS_POOLED": True}, {"TIMED": True}],
+    ids=str,
+)
 def test_variants_fit(flags: dict[str, bool]) -> None:
     for name, tiles in windowed.launches(128, torch.bfloat16, 90).items():
         if name.endswith("wide"):  # never launched so
             continue
         result = windowed.compile_kernel(name, tiles, 128, torch.bfloat16, 90, **flags)
-        assert result.spills == 0, f"{name}: {result}"
+        assert result.loop_spills == 0, f"{name}: {result}"
+        assert result.spills <= (16 if len(flags) == 2 else 0), f"{name}: {result}"  # by Triton 3.6
         assert result.shared <= CHIPS[90], f"{name}: {result}"
         assert result.loops == result.asynchronous >= 2, f"{name}: {result}"
 

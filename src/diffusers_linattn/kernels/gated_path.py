@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from diffusers_linattn.kernels.linear_blocks import EPS, features, round_for_products
+from diffusers_linattn.kernels.vector_strides import vector_stride
 
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -35,6 +36,7 @@ def run_tokens(run, length, inner, outer, backward, SIZE: tl.constexpr, COLUMNS:
 @triton.jit
 def load_tile(pointer, token, valid, channel, stride, DIM: tl.constexpr):
     """(S, channels) of a tensor whose channels are adjacent, 0 where a token or channel does not exist."""
+    stride = vector_stride(stride, DIM)
     return tl.load(
         pointer + token[:, None] * stride + channel[None, :], mask=valid[:, None] & (channel < DIM)[None, :], other=0.0
     )
@@ -43,6 +45,7 @@ def load_tile(pointer, token, valid, channel, stride, DIM: tl.constexpr):
 @triton.jit
 def store_tile(pointer, x, token, valid, channel, stride, DIM: tl.constexpr):
     """The inverse of `load_tile`, in the pointer's dtype."""
+    stride = vector_stride(stride, DIM)
     tl.store(
         pointer + token[:, None] * stride + channel[None, :],
         x.to(pointer.dtype.element_ty),

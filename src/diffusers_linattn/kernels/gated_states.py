@@ -24,7 +24,7 @@ from diffusers_linattn.kernels.gated_path import (
     state_row,
     store_tile,
 )
-from diffusers_linattn.kernels.head_offsets import head_offset
+from diffusers_linattn.kernels.vector_strides import head_offset
 
 
 @triton.jit(do_not_specialize=["heads", "first_head", "chunks", "length", "inner", "outer", "backward"])

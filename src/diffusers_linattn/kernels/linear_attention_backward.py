@@ -13,7 +13,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from diffusers_linattn.kernels.head_offsets import head_offset
 from diffusers_linattn.kernels.linear_blocks import (
     features,
     load_block,
@@ -23,9 +22,12 @@ from diffusers_linattn.kernels.linear_blocks import (
     store_block,
     through_features,
 )
+from diffusers_linattn.kernels.vector_strides import head_offset
 
 
-@triton.jit(do_not_specialize=["heads", "num_tokens", "num_text", "share"])
+@triton.jit(
+    do_not_specialize=["heads", "num_tokens", "num_text", "share", "stride_wb", "stride_wh", "stride_bb", "stride_bh"]
+)
 def feature_gradient_kernel(
     query,
     grad,
@@ -207,7 +209,7 @@ def add_text_to_query_gradient(
     return acc
 
 
-@triton.jit(do_not_specialize=["heads", "num_tokens", "share"])
+@triton.jit(do_not_specialize=["heads", "num_tokens", "share", "stride_wb", "stride_wh"])
 def narrow_gradients_kernel(
     key,
     value,
@@ -279,7 +281,7 @@ def narrow_gradients_kernel(
         store_block(dvalue, token0, stride_dvn, dv, valid, column, COLUMNS)
 
 
-@triton.jit(do_not_specialize=["heads", "num_tokens", "num_text", "share"])
+@triton.jit(do_not_specialize=["heads", "num_tokens", "num_text", "share", "stride_bb", "stride_bh"])
 def text_gradients_kernel(
     query,
     grad,

@@ -12,7 +12,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from diffusers_linattn.kernels.head_offsets import head_offset
 from diffusers_linattn.kernels.linear_blocks import (
     EPS,
     features,
@@ -25,9 +24,10 @@ from diffusers_linattn.kernels.linear_blocks import (
     weigh,
 )
 from diffusers_linattn.kernels.local_attention_forward import attend
+from diffusers_linattn.kernels.vector_strides import head_offset
 
 
-@triton.jit(do_not_specialize=["heads", "num_tokens", "share"])
+@triton.jit(do_not_specialize=["heads", "num_tokens", "share", "stride_wb", "stride_wh"])
 def state_kernel(
     key,
     value,
@@ -103,7 +103,9 @@ def state_kernel(
     tl.store(normalizer + place * FEATURES + feature, count, mask=(feature < FEATURES) & first_columns)
 
 
-@triton.jit(do_not_specialize=["heads", "num_tokens", "num_text", "share"])
+@triton.jit(
+    do_not_specialize=["heads", "num_tokens", "num_text", "share", "stride_wb", "stride_wh", "stride_bb", "stride_bh"]
+)
 def product_kernel(
     query,
     state,

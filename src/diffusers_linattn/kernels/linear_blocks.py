@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from diffusers_linattn.kernels.masked_loads import existing, load_existing
+from diffusers_linattn.kernels.vector_strides import vector_stride
 
 
 EPS = tl.constexpr(1e-6)  # that of `ops.reference`
@@ -21,6 +22,7 @@ def load_block(pointer, token0, stride, valid, channel, SIZE: tl.constexpr, MASK
     Without MASKED all tokens do.
     """
     token = tl.arange(0, valid.shape[0])
+    stride = vector_stride(stride, SIZE)
     pointers = pointer + tl.cast(token0, tl.int64) * stride + token[:, None] * stride + channel[None, :]
     return load_existing(pointers, valid, channel, SIZE, MASKED)
 
@@ -29,6 +31,7 @@ def load_block(pointer, token0, stride, valid, channel, SIZE: tl.constexpr, MASK
 def store_block(pointer, token0, stride, x, valid, channel, SIZE: tl.constexpr):
     """The inverse of `load_block`, in the pointer's dtype."""
     token = tl.arange(0, valid.shape[0])
+    stride = vector_stride(stride, SIZE)
     pointers = pointer + tl.cast(token0, tl.int64) * stride + token[:, None] * stride + channel[None, :]
     tl.store(pointers, x.to(pointer.dtype.element_ty), mask=existing(valid, channel, SIZE))
 

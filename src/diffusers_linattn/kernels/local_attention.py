@@ -115,13 +115,14 @@ def local_attention_triton_backward(
     call = _Call(query, key, value, pooled_key, pooled_value, mask, layout, window, temporal_window, scale)
     grad, dquery = adjacent(grad), empty_like(query)
     # Both sums are of weights times a number per query, to which the kernel adds the output's part.
-    delta = grad_lse.mul(-LOG2_E).contiguous()
+    minus_grad_lse = grad_lse.mul(-LOG2_E).contiguous()
+    delta = torch.empty_like(minus_grad_lse)
     tiles, lists, queries, keys = call.plan(call.configuration.query_gradient)
     _launch(
         query_gradient_kernel,
         (len(lists.items) * query.shape[0] * query.shape[1],),
         tiles,
-        [*call.tensors, call.bias, out, grad, lse, delta, dquery, *_tables(lists, query.device)],
+        [*call.tensors, call.bias, out, grad, lse, minus_grad_lse, delta, dquery, *_tables(lists, query.device)],
         [*call.strides, *strides_of(out), *strides_of(grad), *strides_of(dquery)],
         [scale, scale * LOG2_E, *call.sizes, len(lists.visited), lists.text_items, len(lists.items)],
         [*call.dims, *queries, *keys, queries[0] * keys[0] > 1 and temporal_window is not None],

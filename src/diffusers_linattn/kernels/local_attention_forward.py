@@ -11,7 +11,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from diffusers_linattn.kernels.head_offsets import head_offset
 from diffusers_linattn.kernels.tile_addressing import (
     item_and_head,
     load_rows,
@@ -24,6 +23,7 @@ from diffusers_linattn.kernels.tile_addressing import (
     tile_coordinates,
     visit_keys,
 )
+from diffusers_linattn.kernels.vector_strides import head_offset, vector_stride
 
 
 # Arguments that no kernel is compiled anew for, as Triton otherwise does for 1 and for multiples of 16.
@@ -36,6 +36,8 @@ SIZES = (
     "num_segments",
     "text_items",
     "num_items",
+    "stride_bb",
+    "stride_bh",
 )
 
 # Below every score that counts: a mask below it hides. With a mask, it is above all that `room_in_window` hides;
@@ -187,6 +189,12 @@ def forward_kernel(
     """
     BLOCK_M: tl.constexpr = QUERY_FRAMES * QUERY_ROWS * QUERY_COLUMNS
     BLOCK_N: tl.constexpr = KEY_FRAMES * KEY_ROWS * KEY_COLUMNS
+    stride_qn = vector_stride(stride_qn, HEAD_DIM)
+    stride_kn = vector_stride(stride_kn, HEAD_DIM)
+    stride_vn = vector_stride(stride_vn, HEAD_DIM)
+    stride_pkn = vector_stride(stride_pkn, HEAD_DIM)
+    stride_pvn = vector_stride(stride_pvn, HEAD_DIM)
+    stride_on = vector_stride(stride_on, HEAD_DIM)
     item, head_of_all = item_and_head(text_items, num_items)
     batch, head = (head_of_all // heads).to(tl.int64), (head_of_all % heads).to(tl.int64)
     query += head_offset(batch, head, stride_qb, stride_qh, HEAD_DIM)

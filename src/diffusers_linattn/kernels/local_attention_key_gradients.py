@@ -16,7 +16,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from diffusers_linattn.kernels.head_offsets import head_offset, offset_along
 from diffusers_linattn.kernels.tile_addressing import (
     key_position,
     load_rows,
@@ -31,6 +30,7 @@ from diffusers_linattn.kernels.tile_addressing import (
     store_rows,
     tile_coordinates,
 )
+from diffusers_linattn.kernels.vector_strides import head_offset, offset_along, vector_stride
 
 
 @triton.jit
@@ -113,7 +113,7 @@ def _key_tiles(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["heads", "groups", "num_tokens", "num_segments", "slots"])
+@triton.jit(do_not_specialize=["heads", "groups", "num_tokens", "num_segments", "slots", "stride_bb", "stride_bh"])
 def key_gradients_kernel(
     query,
     key,
@@ -176,6 +176,12 @@ def key_gradients_kernel(
     partial (2, batch * key heads, slots, N, BLOCK_DIM), fp32.
     """
     BLOCK_N: tl.constexpr = KEY_FRAMES * KEY_ROWS * KEY_COLUMNS
+    stride_qn = vector_stride(stride_qn, HEAD_DIM)
+    stride_kn = vector_stride(stride_kn, HEAD_DIM)
+    stride_vn = vector_stride(stride_vn, HEAD_DIM)
+    stride_gn = vector_stride(stride_gn, HEAD_DIM)
+    stride_dkn = vector_stride(stride_dkn, HEAD_DIM)
+    stride_dvn = vector_stride(stride_dvn, HEAD_DIM)
     head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
 
     segment, first_run, last_run, _ = load_runs(items, tl.program_id(0))

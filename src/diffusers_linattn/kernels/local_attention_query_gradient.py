@@ -9,7 +9,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from diffusers_linattn.kernels.head_offsets import head_offset
 from diffusers_linattn.kernels.local_attention_forward import SIZES
 from diffusers_linattn.kernels.tile_addressing import (
     item_and_head,
@@ -23,6 +22,7 @@ from diffusers_linattn.kernels.tile_addressing import (
     tile_coordinates,
     visit_keys,
 )
+from diffusers_linattn.kernels.vector_strides import head_offset, vector_stride
 
 
 @triton.jit
@@ -119,6 +119,7 @@ def query_gradient_kernel(
     out,
     dout,
     lse,
+    minus_grad_lse,
     delta,
     dquery,
     items,
@@ -178,9 +179,17 @@ def query_gradient_kernel(
 ):
     """Grid (items * batch * heads), see `item_and_head`.
 
-    Writes dquery, and adds each output's inner product with its gradient to delta.
+    Writes dquery and delta: each output's inner product with its gradient, plus minus_grad_lse.
     """
     BLOCK_N: tl.constexpr = KEY_FRAMES * KEY_ROWS * KEY_COLUMNS
+    stride_qn = vector_stride(stride_qn, HEAD_DIM)
+    stride_kn = vector_stride(stride_kn, HEAD_DIM)
+    stride_vn = vector_stride(stride_vn, HEAD_DIM)
+    stride_pkn = vector_stride(stride_pkn, HEAD_DIM)
+    stride_pvn = vector_stride(stride_pvn, HEAD_DIM)
+    stride_on = vector_stride(stride_on, HEAD_DIM)
+    stride_gn = vector_stride(stride_gn, HEAD_DIM)
+    stride_dn = vector_stride(stride_dn, HEAD_DIM)
     item, head_of_all = item_and_head(text_items, num_items)
     batch, head = (head_of_all // heads).to(tl.int64), (head_of_all % heads).to(tl.int64)
     key += head_offset(batch, head // groups, stride_kb, stride_kh, HEAD_DIM)
@@ -200,7 +209,7 @@ def query_gradient_kernel(
     q = load_rows(query + token[:, None] * stride_qn + dim[None, :], valid, HEAD_DIM, BLOCK_DIM)
     o = load_rows(out + token[:, None] * stride_on + dim[None, :], valid, HEAD_DIM, BLOCK_DIM)
     g = load_rows(dout + token[:, None] * stride_gn + dim[None, :], valid, HEAD_DIM, BLOCK_DIM)
-    products = tl.load(delta + numbers + token, mask=valid, other=0.0)
+    products = tl.load(minus_grad_lse + numbers + token, mask=valid, other=0.0)
     products += tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)
     tl.store(delta + numbers + token, products, mask=valid)
     sums = tl.load(lse + numbers + token, mask=valid, other=float("inf"))
