@@ -8,13 +8,13 @@ Letters: B batch, H heads, N tokens, D head_dim, P pooled tokens.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
+from diffusers_linattn.kernels.cuda_graphs import keep_results
 from diffusers_linattn.kernels.launching import (
     LOG2_E,
     SMALLEST_SCALE,
@@ -276,11 +276,4 @@ def _launch(kernel: Any, grid: tuple[int, ...], tiles: Tiles, *arguments: list[A
         run_kernel(kernel, grid, flat[0].device, *flat, num_warps=tiles.warps, num_stages=tiles.stages)
 
 
-def _tables(lists: TileLists, device: torch.device) -> tuple[torch.Tensor, ...]:
-    captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    return (_kept_tables if captured else _recent_tables)(lists, device)
-
-
-_recent_tables = functools.lru_cache(maxsize=64)(TileLists.to)
-# A CUDA graph reads its tables at every replay, however many others have been made since it was captured.
-_kept_tables = functools.cache(_recent_tables)
+_tables = keep_results(TileLists.to, 64)

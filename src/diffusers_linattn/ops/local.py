@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from typing import Any
 
 import torch
 
+from diffusers_linattn.kernels.cuda_graphs import keep_results
 from diffusers_linattn.kernels.local_attention import local_attention_triton
 from diffusers_linattn.layout import TokenLayout
 from diffusers_linattn.ops import reference
@@ -158,12 +158,13 @@ def attend_in_kernel(
 
 def _window_mask(layout: TokenLayout, window: int, temporal_window: int | None, device: torch.device) -> torch.Tensor:
     """The window as a boolean mask of all pairs, (tokens, tokens)."""
-    # Sizes are symbolic while a compiled block is traced; elsewhere every layer asks for the same mask.
-    mask = reference.local_mask if torch.compiler.is_compiling() else _cached_window_mask
+    # Sizes are symbolic while a compiled block is traced; elsewhere every layer asks for the same mask, or for one of
+    # two windows and two lengths of text.
+    mask = reference.local_mask if torch.compiler.is_compiling() else _kept_mask
     return mask(layout, window, temporal_window, device)
 
 
-_cached_window_mask = functools.lru_cache(maxsize=2)(reference.local_mask)
+_kept_mask = keep_results(reference.local_mask, 4)
 
 
 def _with_window(mask: torch.Tensor | None, visible: torch.Tensor) -> torch.Tensor:
