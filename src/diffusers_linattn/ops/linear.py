@@ -184,7 +184,8 @@ def _by_kernels(
         text = text_for_kernels(key, value, layout, key_mask)
         if not layout.num_text or _kernels_do_all(feature_map, query, value, layout):
             return linear_product(queries, state, normalizer, *text, scale, name)[0]
-        sums, counts = _sums(full_precision(queries) if name == "none" else of_query(queries), state, normalizer)
+        phi_q = full_precision(queries) if name == "none" else of_query(queries)
+        sums, counts = _sums(phi_q, state, normalizer, padding=7)  # kernels want rows of a multiple of 8 numbers
         if text_fits_kernels(query, value, layout):
             return blend_text(sums, counts[..., 0], take(query, layout.grids), *text, scale)[0]
         return blend_with_text(query, key, value, layout, sums, counts, key_mask, scale)
@@ -240,10 +241,13 @@ def _by_reference(
         return take(output, layout.grids)
 
 
-def _sums(phi_q: torch.Tensor, state: torch.Tensor, normalizer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """φ(q) S, (B, H, G, D), and φ(q)·z, (B, H, G, 1), in one product."""
-    numerator, denominator = (phi_q @ torch.cat([state, normalizer[..., None]], -1)).split([state.shape[-1], 1], -1)
-    return numerator, denominator
+def _sums(
+    phi_q: torch.Tensor, state: torch.Tensor, normalizer: torch.Tensor, padding: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """φ(q) S, (B, H, G, D), and φ(q)·z, (B, H, G, 1), in one product, whose rows are longer by `padding`."""
+    dim = state.shape[-1]
+    product = phi_q @ torch.cat([state, F.pad(normalizer[..., None], (0, padding))], -1)
+    return product[..., :dim], product[..., dim : dim + 1]
 
 
 def blend_with_text(
