@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from wgmma_operands import overwritten_operands, register_products
 
 
 # Bytes of shared memory that one block may have.
@@ -32,6 +33,8 @@ class Compiled:
     asynchronous: int  # how many of them copy to shared memory asynchronously
     under_way: int  # groups of such copies that none of them waits for before it computes
     products: str  # the matrix instruction
+    register_products: int  # products of warp groups with an operand in registers
+    overwritten: int  # those registers written while the product is under way
     # Where they were counted:
     instructions: tuple[int, ...]  # of each innermost loop with a matrix product
     other_loops: tuple[int, ...]  # of each innermost loop without one
@@ -101,7 +104,7 @@ def _read(compiled: Any, count: bool) -> Compiled:
         numbers = {key: int(value) for key, value in re.findall(r"\b(REG|STACK):(\d+)", usage)}
         # Without a stack there is no local memory.
         sass = ""
-        if numbers["STACK"] or count:
+        if numbers["STACK"] or count or "wgmma" in compiled.asm["ptx"]:
             sass = subprocess.run([str(cuobjdump), "-sass", file.name], capture_output=True, text=True).stdout
     found = re.findall(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync", compiled.asm["ptx"])
     loops = _loops_with_products(compiled.asm["ttgir"])
@@ -121,6 +124,8 @@ def _read(compiled: Any, count: bool) -> Compiled:
         sum(any("async_copy_global_to_local" in text for text in loop) for loop in loops),
         min(waits, default=0),
         max(set(found), key=found.count) if found else "none",
+        register_products(code),
+        len(overwritten_operands(code)),
         tuple(len(body) for body in bodies if count and _multiplies(body)),
         tuple(len(body) for body in bodies if count and not _multiplies(body)),
         sum("NOP" not in text for text in outside) if count else 0,  # which fill up the end

@@ -10,6 +10,7 @@ import os
 
 import pytest
 import torch
+from wgmma_operands import overwritten_operands
 
 import compile_gated_kernels as gated
 import compile_linear_kernels as linear
@@ -35,6 +36,9 @@ def test_no_spills_and_asynchronous_copies(chip: int, head_dim: int, dtype: torc
         assert result.spills <= (8 if dtype == torch.float32 or head_dim == 72 else 0), f"{name}: {result}"
         assert result.shared <= CHIPS[chip], f"{name}: {result}"
         assert result.loops == result.asynchronous == 2, f"{name}: {result}"
+        assert result.overwritten == 0, f"{name}: {result}"
+        if result.products == "wgmma.mma_async" and name.startswith("forward") and dtype != torch.float32:
+            assert result.register_products > 0, f"{name}: {result}"  # weights times values
         # Keys and values of a tile are a group each; tiles are found by a list, which must not be waited for instead.
         assert result.under_way >= 2 * (tiles.stages - 2), f"{name}: {result}"
 
@@ -53,6 +57,7 @@ def test_variants_fit(flags: dict[str, bool]) -> None:
         assert result.spills <= (16 if len(flags) == 2 else 0), f"{name}: {result}"  # by Triton 3.6
         assert result.shared <= CHIPS[90], f"{name}: {result}"
         assert result.loops == result.asynchronous >= 2, f"{name}: {result}"
+        assert result.overwritten == 0, f"{name}: {result}"
 
 
 @pytest.mark.parametrize(
@@ -73,6 +78,7 @@ def test_linear_attention_fits(chip: int, head_dim: int, dtype: torch.dtype) -> 
         assert result.spills <= outside.get(name, 0), f"{name}: {result}"
         assert result.shared <= CHIPS[chip], f"{name}: {result}"
         assert result.loops == result.asynchronous, f"{name}: {result}"
+        assert result.overwritten == 0, f"{name}: {result}"
         assert result.loops or name in ("blend", "blend gradients"), f"{name}: {result}"
 
 
@@ -94,3 +100,17 @@ def test_gated_kernels_fit(chip: int, head_dim: int, dtype: torch.dtype, per_hea
         assert result.loop_spills <= 88, f"{name}: {result}"
         assert result.shared <= CHIPS[chip], f"{name}: {result}"
         assert result.products in ("mma.sync", "none"), f"{name}: {result}"
+
+
+def test_operands_that_are_overwritten_are_found() -> None:
+    product, wait = "HGMMA.64x128x16.F32.BF16 R24, R96, gdesc[UR20], R24, gsb0", "WARPGROUP.DEPBAR.LE gsb0, 0x0"
+
+    def found(*instructions: str) -> int:
+        return len(overwritten_operands([(16 * i, text) for i, text in enumerate(instructions)]))
+
+    assert found(product, "MOV R99, R1", wait) == 1
+    assert found(product, wait, "MOV R99, R1") == 0
+    assert found(product, "MOV R100, R1", "STS [R96], R97", "ISETP.NE.AND P0, PT, R96, RZ, PT", wait) == 0
+    assert found(product, "LDS.128 R94, [R1]", "@P1 BRA 0x0", wait) == 1
+    assert found("LDG.E R98, desc[UR4][R2.64]", product, "@P1 BRA 0x0", wait) == 1  # in the next round of a loop
+    assert found(product, "BRA 0x30", "MOV R99, R1", wait) == 0  # jumped over
