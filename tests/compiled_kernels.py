@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from wgmma_operands import overwritten_operands, register_products
 
 

@@ -12,7 +12,6 @@ import torch
 from hub_client import REPO, environment, output, push, student, tiny_image
 from hub_server import Hub
 from safetensors.torch import save_file
-from test_clear_weights import trained
 
 from diffusers_linattn import load_linear_attention, save_linear_attention
 from diffusers_linattn.cli import main
@@ -20,6 +19,7 @@ from diffusers_linattn.sharing.checkpoint import WEIGHTS_NAME
 from diffusers_linattn.sharing.saved_config import CONFIG_NAME
 
 import tiny
+from test_clear_weights import trained
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: Any, status: int = 0) -> str:

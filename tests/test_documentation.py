@@ -14,12 +14,12 @@ from diffusers import FluxPipeline
 from hub_client import student, tiny_image
 from hub_server import Hub
 from safetensors.torch import save
-from test_clear_weights import POOLED, trained
 
 from diffusers_linattn import push_linear_attention, save_linear_attention
 from diffusers_linattn.cli import COMMANDS, main
 
 import tiny
+from test_clear_weights import POOLED, trained
 
 
 ROOT = Path(__file__).resolve().parents[1]

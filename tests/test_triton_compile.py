@@ -10,12 +10,12 @@ import os
 
 import pytest
 import torch
-from wgmma_operands import overwritten_operands
 
 import compile_gated_kernels as gated
 import compile_linear_kernels as linear
 import compile_windowed_kernels as windowed
 from compiled_kernels import CHIPS
+from wgmma_operands import overwritten_operands
 
 
 pytestmark = [

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from diffusers_linattn.kernels.gated_path import (
+    SIZES,
     across_halves,
     as_operand,
     decayed_run,
@@ -32,7 +33,7 @@ from diffusers_linattn.kernels.gated_path import (
 from diffusers_linattn.kernels.vector_strides import head_offset
 
 
-@triton.jit(do_not_specialize=["heads", "first_head", "chunks", "length", "inner", "outer", "backward"])
+@triton.jit(do_not_specialize=SIZES)
 def weight_gradients_kernel(
     grad,
     value,
@@ -79,7 +80,7 @@ def weight_gradients_kernel(
     tl.store(grad_weights, as_operand(acc, dtype, PRECISION))
 
 
-@triton.jit(do_not_specialize=["heads", "first_head", "chunks", "length", "inner", "outer", "backward"])
+@triton.jit(do_not_specialize=SIZES)
 def gradients_kernel(
     query,
     key,

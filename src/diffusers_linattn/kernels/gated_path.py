@@ -13,6 +13,9 @@ from diffusers_linattn.kernels.linear_blocks import EPS, features, round_for_pro
 from diffusers_linattn.kernels.vector_strides import vector_stride
 
 
+# Arguments that no kernel along a path is compiled anew for.
+SIZES = ("heads", "first_head", "chunks", "length", "inner", "outer", "backward")
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 _LOWEST_GATE = tl.constexpr(-1e4)  # 2 to that power is 0, and sums of it stay finite
 

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from diffusers_linattn.kernels.gated_path import (
+    SIZES,
     as_operand,
     decayed_run,
     load_count,
@@ -27,7 +28,7 @@ from diffusers_linattn.kernels.gated_path import (
 from diffusers_linattn.kernels.vector_strides import head_offset
 
 
-@triton.jit(do_not_specialize=["heads", "first_head", "chunks", "length", "inner", "outer", "backward"])
+@triton.jit(do_not_specialize=SIZES)
 def states_kernel(
     decayed,
     decays,
@@ -168,7 +169,7 @@ def scan_kernel(
             tl.store(pointers, count, mask=counting)
 
 
-@triton.jit(do_not_specialize=["heads", "first_head", "chunks", "length", "inner", "outer", "backward"])
+@triton.jit(do_not_specialize=SIZES)
 def output_kernel(
     weights,
     decayed,

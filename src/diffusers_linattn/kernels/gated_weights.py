@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from diffusers_linattn.kernels.gated_path import (
+    SIZES,
     across_halves,
     as_operand,
     decayed_run,
@@ -26,7 +27,7 @@ from diffusers_linattn.kernels.gated_path import (
 from diffusers_linattn.kernels.vector_strides import head_offset
 
 
-@triton.jit(do_not_specialize=["heads", "first_head", "chunks", "length", "inner", "outer", "backward"])
+@triton.jit(do_not_specialize=SIZES)
 def weights_kernel(
     query,
     key,

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from diffusers_linattn.kernels.linear_blocks import (
+    SIZES,
     features,
     load_block,
     load_state,
@@ -25,9 +26,7 @@ from diffusers_linattn.kernels.linear_blocks import (
 from diffusers_linattn.kernels.vector_strides import head_offset
 
 
-@triton.jit(
-    do_not_specialize=["heads", "num_tokens", "num_text", "share", "stride_wb", "stride_wh", "stride_bb", "stride_bh"]
-)
+@triton.jit(do_not_specialize=SIZES)
 def feature_gradient_kernel(
     query,
     grad,
@@ -209,7 +208,7 @@ def add_text_to_query_gradient(
     return acc
 
 
-@triton.jit(do_not_specialize=["heads", "num_tokens", "share", "stride_wb", "stride_wh"])
+@triton.jit(do_not_specialize=SIZES)
 def narrow_gradients_kernel(
     key,
     value,
@@ -281,7 +280,7 @@ def narrow_gradients_kernel(
         store_block(dvalue, token0, stride_dvn, dv, valid, column, COLUMNS)
 
 
-@triton.jit(do_not_specialize=["heads", "num_tokens", "num_text", "share", "stride_bb", "stride_bh"])
+@triton.jit(do_not_specialize=SIZES)
 def text_gradients_kernel(
     query,
     grad,

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from diffusers_linattn.kernels.linear_blocks import (
     EPS,
+    SIZES,
     features,
     load_block,
     load_state,
@@ -27,7 +28,7 @@ from diffusers_linattn.kernels.local_attention_forward import attend
 from diffusers_linattn.kernels.vector_strides import head_offset
 
 
-@triton.jit(do_not_specialize=["heads", "num_tokens", "share", "stride_wb", "stride_wh"])
+@triton.jit(do_not_specialize=SIZES)
 def state_kernel(
     key,
     value,
@@ -103,9 +104,7 @@ def state_kernel(
     tl.store(normalizer + place * FEATURES + feature, count, mask=(feature < FEATURES) & first_columns)
 
 
-@triton.jit(
-    do_not_specialize=["heads", "num_tokens", "num_text", "share", "stride_wb", "stride_wh", "stride_bb", "stride_bh"]
-)
+@triton.jit(do_not_specialize=SIZES)
 def product_kernel(
     query,
     state,

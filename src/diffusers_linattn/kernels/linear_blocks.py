@@ -13,6 +13,8 @@ from diffusers_linattn.kernels.vector_strides import vector_stride
 
 
 EPS = tl.constexpr(1e-6)  # that of `ops.reference`
+# Arguments that no kernel is compiled anew for, as Triton otherwise does for 1 and for multiples of 16.
+SIZES = ("heads", "num_tokens", "num_text", "share", "stride_wb", "stride_wh", "stride_bb", "stride_bh")
 
 
 @triton.jit

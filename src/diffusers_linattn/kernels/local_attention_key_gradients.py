@@ -16,6 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from diffusers_linattn.kernels.local_attention_forward import SIZES
 from diffusers_linattn.kernels.tile_addressing import (
     key_position,
     load_rows,
@@ -113,7 +114,7 @@ def _key_tiles(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["heads", "groups", "num_tokens", "num_segments", "slots", "stride_bb", "stride_bh"])
+@triton.jit(do_not_specialize=(*SIZES, "slots"))
 def key_gradients_kernel(
     query,
     key,

@@ -14,11 +14,11 @@ import triton.language as tl
 
 from diffusers_linattn.kernels.linear_attention_backward import add_text_to_query_gradient
 from diffusers_linattn.kernels.linear_attention_forward import add_text
-from diffusers_linattn.kernels.linear_blocks import EPS, load_block, store_block
+from diffusers_linattn.kernels.linear_blocks import EPS, SIZES, load_block, store_block
 from diffusers_linattn.kernels.vector_strides import head_offset
 
 
-@triton.jit(do_not_specialize=["heads", "num_tokens", "num_text", "share", "stride_bb", "stride_bh"])
+@triton.jit(do_not_specialize=SIZES)
 def blend_kernel(
     query,
     value,
@@ -96,7 +96,7 @@ def blend_kernel(
         store_block(out, token0, stride_on, acc * (1.0 / total)[:, None], valid, column, COLUMNS)
 
 
-@triton.jit(do_not_specialize=["heads", "num_tokens", "num_text", "share", "stride_bb", "stride_bh"])
+@triton.jit(do_not_specialize=SIZES)
 def blend_gradients_kernel(
     query,
     grad,
