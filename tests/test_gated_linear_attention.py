@@ -7,7 +7,13 @@ import os
 
 import pytest
 import torch
-from test_linear_attention import assert_as_accurate, make_inputs, seen_keys, with_gradients
+from test_linear_attention import (
+    assert_as_accurate,
+    assert_same_under_checkpointing,
+    make_inputs,
+    seen_keys,
+    with_gradients,
+)
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from diffusers_linattn.kernels import scan_paths
@@ -89,6 +95,15 @@ def ours(layout, **kwargs):
 def test_matches_the_reference(layout, direction, order):
     options = {"direction": direction, "order": order}
     assert_as_accurate(ours(layout, **options), spec(layout, **options), make_gated_inputs(layout))
+
+
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+@pytest.mark.parametrize("with_state", [False, True])
+def test_gradient_checkpointing(with_state, impl):
+    layout = LAYOUTS["1 text last"]
+    inputs = make_gated_inputs(layout)
+    state = [make_initial_state(inputs)] if with_state else []
+    assert_same_under_checkpointing(ours(layout, impl=impl), inputs + state)
 
 
 @by_dtype

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
 
 from diffusers_linattn.layout import TokenLayout
 from diffusers_linattn.ops import reference
@@ -76,6 +77,15 @@ def assert_as_accurate(function, specification, inputs):
         assert error <= bound, f"{'output' if i == 0 else f'gradient {i}'}: {error:.2e} > {bound:.2e}"
 
 
+def assert_same_under_checkpointing(function, inputs):
+    """Gradient checkpointing runs a function twice and lets its backward pass ask for what it kept only once."""
+    dtype = inputs[0].dtype
+    plain = with_gradients(function, inputs, dtype)
+    checkpointed = with_gradients(lambda *x: checkpoint(function, *x, use_reentrant=False), inputs, dtype)
+    for a, b in zip(plain, checkpointed, strict=True):
+        assert torch.equal(a, b)
+
+
 def spec(layout, feature_map="relu", **kwargs):
     features = reference.FEATURE_MAPS[feature_map]
     return lambda q, k, v: reference.linear_attention(
@@ -87,6 +97,12 @@ def spec(layout, feature_map="relu", **kwargs):
 @by_dtype
 def test_matches_the_reference(layout, dtype):
     assert_as_accurate(lambda q, k, v: linear_attention(q, k, v, layout), spec(layout), make_inputs(layout, dtype))
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+def test_gradient_checkpointing(impl):
+    layout = LAYOUTS["one text token"]
+    assert_same_under_checkpointing(lambda q, k, v: linear_attention(q, k, v, layout, impl=impl), make_inputs(layout))
 
 
 @pytest.mark.parametrize("impl", ["torch", "reference"])

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch._dynamo.testing
+from test_linear_attention import assert_same_under_checkpointing
 
 from diffusers_linattn.layout import TokenLayout
 from diffusers_linattn.ops import reference
@@ -162,6 +163,19 @@ def test_fully_hidden_rows_are_zero_in_fp32():
     out, *grads = run(local_attention, make_inputs(layout, torch.float32), layout, window=3, mask=mask, impl="tiled")
     assert not out.any()
     assert not any(grad.any() for grad in grads)
+
+
+@pytest.mark.parametrize("impl", ["tiled", "dense", "reference"])
+def test_gradient_checkpointing(impl):
+    check_checkpointing(impl)
+
+
+def check_checkpointing(impl):
+    layout = LAYOUTS["smaller than a tile"]
+    assert_same_under_checkpointing(
+        lambda q, k, v, pk, pv: local_attention(q, k, v, layout, window=2, pooled_key=pk, pooled_value=pv, impl=impl),
+        make_inputs(layout, torch.float32, pooled=3),
+    )
 
 
 def check_lowest_numbers(impl, dtype, mask_dtype, rows=1):

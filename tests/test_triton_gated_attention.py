@@ -12,7 +12,12 @@ import os
 import pytest
 import torch
 from test_gated_linear_attention import LAYOUTS, make_gated_inputs, make_initial_state, ours, spec
-from test_linear_attention import assert_as_accurate, seen_keys, with_gradients
+from test_linear_attention import (
+    assert_as_accurate,
+    assert_same_under_checkpointing,
+    seen_keys,
+    with_gradients,
+)
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from diffusers_linattn import GLAProcessor, linearize, status
@@ -61,6 +66,15 @@ def test_other_grids(name):
 @by_gate
 def test_chunks_of_full_size_and_channels_of_several_blocks(per_head):
     check(LAYOUTS["several chunks"], per_head, dim=24, feature_map="elu")
+
+
+@pytest.mark.parametrize("with_state", [False, True])
+@pytest.mark.usefixtures("short_chunks")
+def test_gradient_checkpointing(with_state):
+    layout = LAYOUTS["1 text last"]
+    inputs = make_gated_inputs(layout, batch=1, heads=1)
+    state = [make_initial_state(inputs)] if with_state else []
+    assert_same_under_checkpointing(ours(layout, impl="triton"), inputs + state)
 
 
 @pytest.mark.parametrize("name", ["77 text first", "references and padding"])

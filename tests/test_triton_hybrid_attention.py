@@ -10,7 +10,12 @@ import os
 import pytest
 import torch
 from test_hybrid_attention import inputs_with, kept_for_backward, ours, spec
-from test_linear_attention import assert_as_accurate, seen_keys, with_gradients
+from test_linear_attention import (
+    assert_as_accurate,
+    assert_same_under_checkpointing,
+    seen_keys,
+    with_gradients,
+)
 
 from diffusers_linattn.layout import TokenLayout
 
@@ -33,6 +38,11 @@ LAMBDA = (0.4, 0.0, 8.0)
 def test_matches_the_reference(layout, dtype):
     inputs = inputs_with(layout, LAMBDA, dtype=dtype)
     assert_as_accurate(ours(layout, impl="triton"), spec(layout), inputs)
+
+
+def test_gradient_checkpointing():
+    layout = LAYOUTS["odd"]
+    assert_same_under_checkpointing(ours(layout, impl="triton"), inputs_with(layout, LAMBDA))
 
 
 @pytest.mark.parametrize("scale", [0.0, 20.0])

@@ -14,6 +14,7 @@ import torch
 from test_linear_attention import (
     LAYOUTS,
     assert_as_accurate,
+    assert_same_under_checkpointing,
     make_inputs,
     one_thread,
     regrouped_by_hand,
@@ -57,6 +58,16 @@ def test_matches_reference(name, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_feature_maps(dtype, feature_map, name):
     check(LAYOUTS[name], dtype, feature_map=feature_map)
+
+
+@pytest.mark.parametrize("dim", [16, kernels.MAX_TEXT_DIM + 8])
+@pytest.mark.parametrize("feature_map", ["relu", "softmax"])
+def test_gradient_checkpointing(feature_map, dim):
+    layout = LAYOUTS["one text token"]
+    assert_same_under_checkpointing(
+        lambda q, k, v: linear_attention(q, k, v, layout, feature_map=feature_map, impl="triton"),
+        make_inputs(layout, batch=1, heads=1, dim=dim),
+    )
 
 
 @pytest.mark.parametrize("feature_map", ["relu", "elu"])

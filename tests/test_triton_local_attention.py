@@ -23,7 +23,16 @@ from diffusers_linattn.ops import reference
 from diffusers_linattn.ops.local import local_attention
 
 import tiny
-from test_local_attention import DIM, HEADS, LAYOUTS, check_lowest_numbers, make_inputs, make_mask, run
+from test_local_attention import (
+    DIM,
+    HEADS,
+    LAYOUTS,
+    check_checkpointing,
+    check_lowest_numbers,
+    make_inputs,
+    make_mask,
+    run,
+)
 from test_local_attention import check as check_impl
 
 
@@ -61,6 +70,10 @@ def test_matches_reference(name):
 @pytest.mark.parametrize("layout", SMALL.values(), ids=SMALL.keys())
 def test_half_precision_pooled_keys_and_batch(layout, dtype):
     check(layout, dtype, batch=2, window=3, pooled=5, scale=0.1)
+
+
+def test_gradient_checkpointing():
+    check_checkpointing("triton")
 
 
 @pytest.mark.parametrize("window", [1, 30, 10**7])

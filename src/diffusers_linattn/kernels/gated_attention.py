@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from diffusers_linattn.kernels.launching import MAX_GRID, adjacent, empty_like, fp32_precision, run_kernel, strides_of
+from diffusers_linattn.kernels.launching import MAX_GRID, adjacent, empty_like, precision_of, run_kernel, strides_of
 from diffusers_linattn.kernels.scan_paths import describe_path
 
 
@@ -182,8 +182,9 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[torch.Tensor, torch.Te
 
 
 def _backward(ctx: Any, grad: torch.Tensor, grad_counts: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    *gradients, dinitial = gated_attention_triton_backward(grad, grad_counts, *ctx.saved_tensors, *ctx.settings)
-    return (*gradients, None if ctx.saved_tensors[4] is None else dinitial, *[None] * 7)
+    saved = ctx.saved_tensors  # once: under gradient checkpointing it may not be asked again
+    *gradients, dinitial = gated_attention_triton_backward(grad, grad_counts, *saved, *ctx.settings)
+    return (*gradients, None if saved[4] is None else dinitial, *[None] * 7)
 
 
 gated_attention_triton.register_autograd(_backward, setup_context=_setup_context)
@@ -221,7 +222,7 @@ class _Call:
         self.path = [self.chunks, length, height, width, int(direction == "backward"), order == "columns"]
         # fp16 has neither the range of a state nor that of a gradient divided by a denominator: it takes tf32.
         self.dtype = torch.bfloat16 if value.dtype == torch.bfloat16 else torch.float32
-        self.precision = "tf32" if value.dtype == torch.float16 else fp32_precision(query.device)
+        self.precision = "tf32" if value.dtype == torch.float16 else precision_of(value)
         self.key_blocks = -(-query.shape[3] // BLOCK)
         self.warps = choose_warps(self.dtype, self.precision)
 

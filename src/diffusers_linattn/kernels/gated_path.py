@@ -14,7 +14,10 @@ from diffusers_linattn.kernels.vector_strides import vector_stride
 
 
 # Arguments that no kernel along a path is compiled anew for.
-SIZES = ("heads", "first_head", "chunks", "length", "inner", "outer", "backward")
+SIZES = (
+    *("heads", "first_head", "chunks", "length", "inner", "outer", "backward"),
+    *("stride_gb", "stride_gh", "stride_dgb", "stride_dgh"),
+)
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 _LOWEST_GATE = tl.constexpr(-1e4)  # 2 to that power is 0, and sums of it stay finite

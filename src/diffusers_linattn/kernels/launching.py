@@ -44,9 +44,12 @@ def _why_not(device: str) -> str | None:
     return None
 
 
-def fp32_precision(device: torch.device) -> str:
-    """What torch's settings say about a product of fp32 matrices: `"tf32"` or `"ieee"`."""
-    if device.type != "cuda":
+def precision_of(x: torch.Tensor) -> str:
+    """What torch's settings say about products with `x`: `"tf32"` or `"ieee"`.
+
+    They say nothing about other dtypes than fp32: kernels for those are compiled once, whatever is set.
+    """
+    if x.device.type != "cuda" or x.dtype != torch.float32:
         return "ieee"
     matmul = torch.backends.cuda.matmul
     # Since torch 2.9; there the older setting cannot be read once this one has been set.

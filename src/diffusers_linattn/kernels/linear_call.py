@@ -16,7 +16,7 @@ from diffusers_linattn.kernels.launching import (
     SMALLEST_SCALE,
     adjacent,
     chip_of,
-    fp32_precision,
+    precision_of,
     run_kernel,
 )
 from diffusers_linattn.kernels.linear_launches import Launch, block_of, choose_launch, share_tokens
@@ -84,7 +84,7 @@ class Call:
                 self.text["text_bias"] = (text_bias * LOG2_E).contiguous().expand(*tokens.shape[:2], -1)
         self.scale, self.feature_map = scale, feature_map
         # fp16 is multiplied in fp32, for its range: tf32 has all its digits.
-        self.precision = "tf32" if tokens.dtype == torch.float16 else fp32_precision(tokens.device)
+        self.precision = "tf32" if tokens.dtype == torch.float16 else precision_of(tokens)
 
     def plan(self, kernel: str, blocks: int) -> tuple[Launch, int, int]:
         """How a kernel is launched, the tokens of a program, and how many programs share those of a head."""

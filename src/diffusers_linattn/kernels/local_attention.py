@@ -21,7 +21,7 @@ from diffusers_linattn.kernels.launching import (
     adjacent,
     chip_of,
     empty_like,
-    fp32_precision,
+    precision_of,
     run_kernel,
     strides_of,
 )
@@ -198,7 +198,7 @@ class _Call:
         heads = query.shape[1]
         self.sizes = [heads, heads // key.shape[1], heads // pooled_key.shape[1], query.shape[2], self.num_pooled]
         self.dims = [query.shape[3], block_dim(query.shape[3])]
-        self.precision = fp32_precision(query.device)
+        self.precision = precision_of(query)
         self.configuration = choose_configuration(query.shape[3], query.dtype, chip_of(query.device))
 
     def plan(self, tiles: Tiles) -> tuple[Tiles, TileLists, Shape, Shape]:
