@@ -4,6 +4,7 @@
 #   benchmarks/gpu.sh            in under nine minutes: tests, operators, DiT, FLUX at 2K and 4K as it is, and with
 #                                compiled blocks as far as the time goes
 #   benchmarks/gpu.sh tests|windowed|linear|gated|dit|flux|flux-8k|memory-check    one part; flux has 1K as well
+#   benchmarks/gpu.sh fla-flux|fla-dit-s    gated linear attention beside fla-core, which tunes itself for minutes
 # With OUT=folder the results go there instead of to benchmarks/results, and beside them the log and a list of the tests.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -14,22 +15,24 @@ if [[ -n "${OUT:-}" && -z "${LOGGED:-}" ]]; then
 fi
 export PYTHONPATH="src${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 # One for all: torch's compiler would set another, in the middle of a benchmark.
-export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$HOME/.triton/cache}"
+export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-${HOME:-/tmp}/.triton/cache}"
 output="${OUT:-benchmarks/results}"
 
-# `limited SECONDS COMMAND...`; interrupted, and not its workers at the same time, pytest sums up what it has seen.
-limited() { timeout --foreground -s INT -k 15 "$@"; }
+# `limited SECONDS COMMAND...`; interrupted, and not its workers at the same time, pytest sums up what it has seen, for
+# which it waits ten seconds for them.
+limited() { timeout --foreground -s INT -k 30 "$@"; }
 tests() {
   local workers
   workers=$(env -u OMP_NUM_THREADS nproc) # which takes that variable for an answer
-  OMP_NUM_THREADS=1 limited "$1" python3 -m pytest -m gpu -n "$workers" --dist worksteal \
-    ${OUT:+"--junitxml=$OUT/tests.xml"} tests/test_gpu.py
+  OMP_NUM_THREADS=1 limited "$1" python3 -m pytest -vv -m gpu -n "$workers" --dist worksteal \
+    ${OUT:+"--junitxml=$OUT/tests.xml"} tests/test_gpu.py "${@:2}"
 }
+tests_without_fla() { tests "$1" --deselect tests/test_gpu.py::test_fla_agrees; }
 benchmark() { limited "$1" python3 "benchmarks/gpu_$2.py" --output "$output" "${@:3}"; }
 # Reads and writes out of bounds, of the windowed kernels at one window; not races, for which memcheck does not look.
 # Without torch's pool of memory, in which what lies beyond the end of one tensor belongs to another and goes unseen.
 memory_check() {
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 limited 540 compute-sanitizer --tool memcheck --error-exitcode 1 \
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 limited 540 compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 1 \
     python3 -m pytest -m gpu tests/test_gpu.py -k "test_kernel_on_every_layout and 8 and bfloat16"
 }
 
@@ -74,11 +77,11 @@ failed=0
 # or runs out of time says so, and the others go on: each checks its own results before it times them, and stores row by
 # row what it has measured.
 part() {
-  local status=0 name="${3:-$2}"
-  "$2" "$(($1 - SECONDS))" "${@:3}" || status=$?
+  local status=0 name="${3:-$2}" left=$(($1 - SECONDS))
+  "$2" "$((left > 0 ? left : 1))" "${@:3}" || status=$? # 0 would be no limit
   if ((status == 124 || (status == 137 && SECONDS >= $1))); then
     echo "$name: out of time, run this part alone" >&2
-    if [[ $name == tests ]]; then failed=1; fi
+    if [[ $name == tests* ]]; then failed=1; fi
   elif ((status)); then
     echo "$name: failed with status $status" >&2
     failed=1
@@ -89,13 +92,13 @@ part() {
 case "${1:-all}" in
   all)
     warm_up 210 &
-    part 215 tests
+    part 215 tests_without_fla
     wait
     part 335 benchmark windowed --seconds 0.2
-    part 370 benchmark linear --seconds 0.2
-    part 415 benchmark gated --seconds 0.2
+    part 370 benchmark linear --seconds 0.2 --most-softmax-tokens 65536
+    part 415 benchmark gated --seconds 0.2 --most-softmax-tokens 65536
     part 465 benchmark dit --seconds 0.5
-    part 520 benchmark flux --sides 128 256
+    part 520 benchmark flux --sides 256 128
     exit "$failed"
     ;;
   tests) tests 540 ;;
@@ -105,7 +108,8 @@ case "${1:-all}" in
     ;;
   linear | gated | flux) benchmark 540 "$1" ;;
   dit) benchmark 540 dit --seconds 5 ;;
+  fla-flux | fla-dit-s) benchmark 540 gated --fla bare --shapes "${1#fla-}" --most-softmax-tokens 65536 ;;
   flux-8k) benchmark 540 flux --sides 512 ;;
   memory-check) memory_check ;;
-  *) echo "unknown part $1: expected tests, windowed, linear, gated, dit, flux, flux-8k or memory-check" >&2; exit 2 ;;
+  *) echo "unknown part $1: expected tests, windowed, linear, gated, dit, flux, flux-8k, fla-flux, fla-dit-s or memory-check" >&2; exit 2 ;;
 esac

@@ -2,9 +2,10 @@
 
     python benchmarks/gpu_gated.py --output results/     # every size; --smoke on a CPU, in Triton's interpreter
 
-Ours both ways, one way and with one gate per head; fla-core where it is installed, as `impl="fla"` and as two bare
-calls of its kernel (both forward, no features, no denominator: less work than ours); the PyTorch implementation at
-small sizes, and the time that reading and writing every tensor once takes at the memory's speed.
+Ours both ways, one way and with one gate per head; the PyTorch implementation at small sizes, and the time that
+reading and writing every tensor once takes at the memory's speed. With `--fla` also fla-core's kernel, as `impl="fla"`
+or as two bare calls (both forward, no features, no denominator: less work than ours); for minutes it compiles some 300
+configurations for each way and each head_dim, to choose from.
 Every line is a ratio within one run; output and gradients are checked before each shape.
 """
 
@@ -12,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib.util
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -24,6 +24,7 @@ from diffusers_linattn.ops.gated_fla import load_chunk_gla
 from gpu_operators import (
     Method,
     Row,
+    add_most_softmax_tokens,
     check,
     compare,
     make_inputs,
@@ -45,7 +46,7 @@ OURS: dict[str, dict[str, str]] = {
     "ours, one way": {"direction": "forward"},
     PER_HEAD: {},
 }
-MOST_TORCH_TOKENS, MOST_SDPA_TOKENS = 128**2, 256**2
+MOST_TORCH_TOKENS = 128**2
 
 
 def with_gates(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -61,17 +62,18 @@ def own_inputs(name: str, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [*others, per_head if name == PER_HEAD else gate]
 
 
-def methods(layout: TokenLayout, on_gpu: bool) -> dict[str, Method]:
+def methods(layout: TokenLayout, on_gpu: bool, most_softmax_tokens: int, fla: list[str]) -> dict[str, Method]:
     def gated(*inputs: torch.Tensor, name: str, impl: str) -> torch.Tensor:
         return gated_linear_attention(*own_inputs(name, inputs), layout=layout, impl=impl, **OURS[name])
 
     table: dict[str, Method] = {name: functools.partial(gated, name=name, impl="triton") for name in OURS}
-    if layout.length <= MOST_SDPA_TOKENS:
+    if layout.length <= most_softmax_tokens:
         table |= {name: _without_gates(attend) for name, attend in softmax_methods(on_gpu).items()}
     if layout.length <= MOST_TORCH_TOKENS:
         table["ours in pytorch"] = functools.partial(gated, name="ours", impl="chunked")
-    if on_gpu and importlib.util.find_spec("fla") is not None:
+    if "impl" in fla:
         table["fla"] = functools.partial(gated, name="ours", impl="fla")
+    if "bare" in fla:
         table["fla, two bare calls"] = lambda q, k, v, g, _: two_bare_calls(q, k, v, g)
     return table
 
@@ -101,7 +103,7 @@ def measure_rows(arguments: argparse.Namespace) -> Iterator[Row]:
         for side in arguments.sides:
             layout = TokenLayout.image((1, side, side))
             inputs = with_gates(make_inputs(layout.length, *SHAPES[shape], arguments.dtype, arguments.device))
-            table = methods(layout, arguments.device == "cuda")
+            table = methods(layout, arguments.device == "cuda", arguments.most_softmax_tokens, arguments.fla)
             for name in arguments.passes:
                 row = {"shape": shape, "side": side}
                 row |= compare(table, inputs, name, arguments.device, arguments.seconds)
@@ -118,6 +120,8 @@ def moved_bytes(inputs: list[torch.Tensor], name: str) -> int:
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--fla", nargs="+", default=[], choices=["impl", "bare"], help="where fla-core is installed")
+    add_most_softmax_tokens(parser)
     arguments = parser.parse_args()
     vars(arguments).update(device="cuda", dtype="bfloat16", bandwidth=None)
     if arguments.smoke:
@@ -126,7 +130,9 @@ def main() -> None:
     else:
         arguments.bandwidth = copy_bandwidth()
     setting = {"dtype": arguments.dtype, "shapes": SHAPES, "copy_tb_per_s": arguments.bandwidth}
-    report("gated", arguments, setting, measure_rows(arguments))
+    # Those with fla-core are runs of their own, which take the place of no other.
+    name = "-".join(["gated", *(["fla", *arguments.fla, *arguments.shapes] if arguments.fla else [])])
+    report(name, arguments, setting, measure_rows(arguments))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from diffusers_linattn import TokenLayout, linear_attention
 from gpu_operators import (
     Method,
     Row,
+    add_most_softmax_tokens,
     check,
     compare,
     make_inputs,
@@ -38,8 +39,8 @@ from gpu_timing import copy_bandwidth
 
 # Heads, head_dim and text tokens.
 CASES = {"flux, image alone": (24, 128, 0), "flux": (24, 128, 512), "lit": (2, 576, 0)}
-# One pass of softmax attention over more takes seconds; no fast kernel takes heads of more than 256.
-MOST_SOFTMAX_TOKENS, MOST_WIDE_SOFTMAX_TOKENS = 256**2, 128**2
+# No fast kernel of softmax attention takes wider heads; the slow one takes seconds for more tokens.
+MOST_FAST_DIM, MOST_WIDE_TOKENS = 256, 128**2
 
 
 def einsum(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -57,17 +58,18 @@ def causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return chunk_linear_attn(q, k, v, scale=1.0)[0].transpose(1, 2)
 
 
-def methods(layout: TokenLayout, head_dim: int, device: str) -> dict[str, Method]:
+def methods(layout: TokenLayout, head_dim: int, device: str, most_softmax_tokens: int) -> dict[str, Method]:
     table: dict[str, Method] = {
         "ours": functools.partial(linear_attention, layout=layout, impl="triton"),
         "ours in pytorch": functools.partial(linear_attention, layout=layout, impl="torch"),
     }
     if not layout.num_text:
         table["einsum"] = einsum
-        if importlib.util.find_spec("fla") is not None and device == "cuda" and head_dim <= 256:
+        if importlib.util.find_spec("fla") is not None and device == "cuda" and head_dim <= MOST_FAST_DIM:
             table["fla, causal"] = causal
-    if layout.length - layout.num_text <= (MOST_SOFTMAX_TOKENS if head_dim <= 256 else MOST_WIDE_SOFTMAX_TOKENS):
-        table |= softmax_methods(device == "cuda" and head_dim <= 256)
+    fast = head_dim <= MOST_FAST_DIM
+    if layout.length - layout.num_text <= (most_softmax_tokens if fast else MOST_WIDE_TOKENS):
+        table |= softmax_methods(device == "cuda" and fast)
     return table
 
 
@@ -84,7 +86,7 @@ def measure_rows(arguments: argparse.Namespace) -> Iterator[Row]:
             inputs = make_inputs(layout.length, heads, head_dim, arguments.dtype, arguments.device)
             # Query, key, value and output; backward also their four gradients.
             tensor = inputs[0].numel() * inputs[0].element_size()
-            table = methods(layout, head_dim, arguments.device)
+            table = methods(layout, head_dim, arguments.device, arguments.most_softmax_tokens)
             for name in arguments.passes:
                 row = {"case": case, "side": side}
                 row |= compare(table, inputs, name, arguments.device, arguments.seconds)
@@ -93,6 +95,7 @@ def measure_rows(arguments: argparse.Namespace) -> Iterator[Row]:
 
 def main() -> None:
     parser = make_parser(__doc__)
+    add_most_softmax_tokens(parser)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     arguments = parser.parse_args()
     vars(arguments).update(device="cuda", dtype="bfloat16", bandwidth=None)

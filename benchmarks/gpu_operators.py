@@ -32,6 +32,15 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def add_most_softmax_tokens(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--most-softmax-tokens",
+        type=int,
+        default=512**2,
+        help="image tokens up to which softmax attention is timed: at the default's, one pass takes seconds",
+    )
+
+
 def softmax(backend: SDPBackend | None) -> Method:
     """`scaled_dot_product_attention` by one of its kernels; `None`: whichever torch takes."""
 

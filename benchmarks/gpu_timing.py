@@ -15,13 +15,13 @@ import torch
 
 
 def measure(
-    runs: dict[str, Callable[[], Any]], device: str, seconds: float, launches: bool = False
+    runs: dict[str, Callable[[], Any]], device: str, seconds: float, head_start: float = 5
 ) -> dict[str, float | str]:
     """Median milliseconds of each, taking turns for about `seconds`; what fails has its error instead.
 
-    The first turn compiles and does not count, unless `seconds` is 0: then it is the only one. On a GPU the time is
-    that of the kernels alone; with `launches` also that in which it waits for the host to launch them, as a whole step
-    of a model does.
+    The first turn compiles and does not count, unless `seconds` is 0: then it is the only one. On a GPU the host has
+    `head_start` milliseconds to launch kernels before the clock starts, so that the time is that of the kernels alone;
+    with 0 it is also that in which they wait for the host, as they do in a whole step of a model.
     """
     times: dict[str, list[float]] = {}
     failed: dict[str, float | str] = {}
@@ -31,7 +31,7 @@ def measure(
             if name in failed or times.get(name, [0.0])[-1] > 1000:  # what takes over a second is timed once
                 continue
             try:
-                elapsed = _time(run, device, launches)
+                elapsed = _time(run, device, head_start)
             except Exception as error:  # one that fails, for whatever reason, must not hide the others
                 failed[name] = in_short(error)
                 continue
@@ -50,7 +50,7 @@ def in_short(error: Exception) -> str:
     return f"{type(error).__name__}: {' ... '.join(dict.fromkeys((lines[0], lines[-1])))[:300]}"
 
 
-def _time(run: Callable[[], Any], device: str, launches: bool) -> float:
+def _time(run: Callable[[], Any], device: str, head_start: float) -> float:
     if device != "cuda":
         start = time.perf_counter()
         run()
@@ -60,8 +60,8 @@ def _time(run: Callable[[], Any], device: str, launches: bool) -> float:
     # Inputs that lie in the cache after the turn before would make small sizes look faster than memory allows. What is
     # read instead can leave the cache at no cost, other than what would be written.
     _more_than_the_cache().sum()
-    if not launches:  # some 2 ms in which the host puts the work into the queue
-        torch.cuda._sleep(4_000_000)
+    if head_start:
+        torch.cuda._sleep(int(head_start * 2e6))  # cycles, of some 2 GHz
     begin.record()
     run()
     end.record()

@@ -102,11 +102,11 @@ def natten(text: int, side: int, window: int) -> Method | None:
     """NATTEN's square window over the picture alone: another function, for the scale of its speed."""
     if importlib.util.find_spec("natten") is None:
         return None
-    from natten import na2d
-
     size = min(2 * window - 1, side if side % 2 else side - 1)
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        from natten import na2d  # here: where it is broken, its error stands in the table
+
         planes = [x[:, :, text:].transpose(1, 2).unflatten(1, (side, side)) for x in (q, k, v)]
         return na2d(*planes, kernel_size=(size, size)).flatten(1, 2).transpose(1, 2)
 
