@@ -4,7 +4,8 @@
 #   benchmarks/gpu.sh            in under nine minutes: tests, operators, DiT, FLUX at 2K and 4K as it is, and with
 #                                compiled blocks as far as the time goes
 #   benchmarks/gpu.sh tests|windowed|linear|gated|dit|flux|flux-8k|memory-check    one part; flux has 1K as well
-#   benchmarks/gpu.sh fla-flux|fla-dit-s    gated linear attention beside fla-core, which tunes itself for minutes
+#   benchmarks/gpu.sh fla-flux|fla-dit-s|fla-linear    beside fla-core, gated at two shapes and linear: it tunes itself
+#                                for minutes
 # With OUT=folder the results go there instead of to benchmarks/results, and beside them the log and a list of the tests.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -109,7 +110,12 @@ case "${1:-all}" in
   linear | gated | flux) benchmark 540 "$1" ;;
   dit) benchmark 540 dit --seconds 5 ;;
   fla-flux | fla-dit-s) benchmark 540 gated --fla bare --shapes "${1#fla-}" --most-softmax-tokens 65536 ;;
+  fla-linear) benchmark 540 linear --fla --cases "flux, image alone" --most-softmax-tokens 65536 ;;
   flux-8k) benchmark 540 flux --sides 512 ;;
   memory-check) memory_check ;;
-  *) echo "unknown part $1: expected tests, windowed, linear, gated, dit, flux, flux-8k, fla-flux, fla-dit-s or memory-check" >&2; exit 2 ;;
+  *)
+    echo "unknown part $1: expected tests, windowed, linear, gated, dit, flux, flux-8k, memory-check, fla-flux, fla-dit-s" \
+      "or fla-linear" >&2
+    exit 2
+    ;;
 esac

@@ -130,7 +130,7 @@ def main() -> None:
     else:
         arguments.bandwidth = copy_bandwidth()
     setting = {"dtype": arguments.dtype, "shapes": SHAPES, "copy_tb_per_s": arguments.bandwidth}
-    # Those with fla-core are runs of their own, which take the place of no other.
+    # A run with fla-core takes the place of no other.
     name = "-".join(["gated", *(["fla", *arguments.fla, *arguments.shapes] if arguments.fla else [])])
     report(name, arguments, setting, measure_rows(arguments))
 

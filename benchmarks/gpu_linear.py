@@ -4,16 +4,15 @@
     TRITON_INTERPRET=1 python benchmarks/gpu_linear.py --smoke        # runs every line on a CPU, tiny
 
 Compared are scaled_dot_product_attention (cuDNN, flash), our PyTorch implementation, the two products as plain einsum,
-and fla-core's linear attention if it is installed, which is causal: it does half of the work in one direction. Beside
-them stands the time that reading and writing every tensor once takes at the speed of a copy in the same run. Every
-line is a ratio within one run; our output and gradients are checked before each.
+and with `--fla` fla-core's linear attention, which is causal: it does half of the work in one direction. Beside them
+stands the time that reading and writing every tensor once takes at the speed of a copy in the same run. Every line is
+a ratio within one run; our output and gradients are checked before each.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import importlib.util
 from collections.abc import Iterator
 
 import torch
@@ -58,16 +57,16 @@ def causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return chunk_linear_attn(q, k, v, scale=1.0)[0].transpose(1, 2)
 
 
-def methods(layout: TokenLayout, head_dim: int, device: str, most_softmax_tokens: int) -> dict[str, Method]:
+def methods(layout: TokenLayout, head_dim: int, device: str, most_softmax_tokens: int, fla: bool) -> dict[str, Method]:
+    fast = head_dim <= MOST_FAST_DIM
     table: dict[str, Method] = {
         "ours": functools.partial(linear_attention, layout=layout, impl="triton"),
         "ours in pytorch": functools.partial(linear_attention, layout=layout, impl="torch"),
     }
     if not layout.num_text:
         table["einsum"] = einsum
-        if importlib.util.find_spec("fla") is not None and device == "cuda" and head_dim <= MOST_FAST_DIM:
+        if fla and fast:
             table["fla, causal"] = causal
-    fast = head_dim <= MOST_FAST_DIM
     if layout.length - layout.num_text <= (most_softmax_tokens if fast else MOST_WIDE_TOKENS):
         table |= softmax_methods(device == "cuda" and fast)
     return table
@@ -86,7 +85,7 @@ def measure_rows(arguments: argparse.Namespace) -> Iterator[Row]:
             inputs = make_inputs(layout.length, heads, head_dim, arguments.dtype, arguments.device)
             # Query, key, value and output; backward also their four gradients.
             tensor = inputs[0].numel() * inputs[0].element_size()
-            table = methods(layout, head_dim, arguments.device, arguments.most_softmax_tokens)
+            table = methods(layout, head_dim, arguments.device, arguments.most_softmax_tokens, arguments.fla)
             for name in arguments.passes:
                 row = {"case": case, "side": side}
                 row |= compare(table, inputs, name, arguments.device, arguments.seconds)
@@ -97,6 +96,7 @@ def main() -> None:
     parser = make_parser(__doc__)
     add_most_softmax_tokens(parser)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--fla", action="store_true", help="where fla-core is installed")
     arguments = parser.parse_args()
     vars(arguments).update(device="cuda", dtype="bfloat16", bandwidth=None)
     if arguments.smoke:
@@ -105,7 +105,7 @@ def main() -> None:
     else:
         arguments.bandwidth = copy_bandwidth()
     setting = {"dtype": arguments.dtype, "cases": CASES, "copy_tb_per_s": arguments.bandwidth}
-    report("linear", arguments, setting, measure_rows(arguments))
+    report("linear-fla" if arguments.fla else "linear", arguments, setting, measure_rows(arguments))
 
 
 if __name__ == "__main__":
